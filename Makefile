@@ -1,0 +1,42 @@
+# `make demo` and `make test` do all the set-up they need; `make help` lists the rest.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# `check` is `lint` and then `test`: the same two that .ci/run calls.
+.PHONY: help demo test lint check exhaustive bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*##' Makefile | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+# pip rather than another installer: it is the one tool that every Python brings along.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+demo: $(STAMP) ## train one network in float32, BF16 and FP8 side by side; writes runs/demo
+	$(BIN)/octavo compare --out runs/demo
+
+test: $(STAMP) ## run the tests
+	$(BIN)/python -m pytest
+
+lint: $(STAMP) ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+check: lint test ## everything CI runs
+
+exhaustive: $(STAMP) ## every float32 bit pattern through every 8-bit format (about half an hour)
+	$(BIN)/python tests/exhaustive.py
+
+bench: $(STAMP) ## the benchmarks, each beside its peers; writes benchmarks/results
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/python benchmarks/casts.py
+	$(BIN)/python benchmarks/linear.py
+
+clean: ## remove the environment and what the tools left
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis runs
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

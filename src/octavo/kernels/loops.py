@@ -1,0 +1,393 @@
+"""The CPU kernels as Numba compiles them: chunk loops that scale, record amax, round and store in one pass over memory.
+
+A kernel is a C function of one address, an int64 array of arguments (`Slot`), so any thread pool can run it.  Its threads draw chunks
+from a shared counter, and random bits are indexed by element, so neither threads nor chunks change a bit of the result.
+
+Legend: `x_f` and `x_i` are float32 and int32 views of the same memory; m is the format's mantissa bits; an `e` is a float32's exponent
+field left in place.  Adding and subtracting 2**(e + 23 - m) rounds to nearest even at bit m, subnormals included.
+All compiled loops live in this one file, because Numba's disk cache is keyed by the file of the outermost function.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+import numpy as np
+from numba import carray, cfunc, njit, types
+
+from octavo.kernels.memory import at as _at
+from octavo.kernels.memory import atomic_add as _atomic_add
+from octavo.kernels.memory import atomic_max as _atomic_max
+
+__all__ = ["CHUNK", "Kind", "Slot", "amax", "cast32", "cast64"]
+
+CHUNK = 16384
+"""Elements a thread takes at a time: a multiple of 4 (Philox's block), small enough for the second-level cache."""
+
+
+class Kind(enum.IntEnum):
+    """What a buffer holds."""
+
+    FLOAT32 = 0
+    BFLOAT16 = 1
+    FLOAT16 = 2
+    FLOAT64 = 3
+    CODES = 4
+
+
+class Slot(enum.IntEnum):
+    """Where each argument lies; SCALE and DIVISOR are the bits of a float64, ROUNDING counts the members of `Rounding`."""
+
+    SOURCE = 0
+    TARGET = 1
+    SIZE = 2
+    SOURCE_KIND = 3
+    TARGET_KIND = 4
+    NEXT_CHUNK = 5
+    AMAX = 6
+    SCALE = 7
+    DIVISOR = 8
+    ROUNDING = 9
+    SEED = 10
+    OFFSET = 11
+    MANTISSA_BITS = 12
+    BIAS = 13
+    MAX_CODE = 14
+    OVERFLOW_CODE = 15
+    INF_BECOMES = 16
+    INF_CODE = 17
+    NAN_CODE = 18
+    SIGN_MASK = 19
+    NEGATIVE_ZERO = 20
+    ZERO_CODE = 21
+    VALUES = 22
+
+
+# Numba takes module-level integers as constants, but not the members of an enum.
+SOURCE, TARGET, SIZE, SOURCE_KIND, TARGET_KIND, NEXT_CHUNK, AMAX, SCALE = (int(slot) for slot in list(Slot)[:8])
+DIVISOR, ROUNDING, SEED, OFFSET, MANTISSA_BITS, BIAS, MAX_CODE, OVERFLOW_CODE = (int(slot) for slot in list(Slot)[8:16])
+INF_BECOMES, INF_CODE, NAN_CODE, SIGN_MASK, NEGATIVE_ZERO, ZERO_CODE, VALUES = (int(slot) for slot in list(Slot)[16:])
+SLOTS = len(Slot)
+FLOAT32, BFLOAT16, FLOAT16, FLOAT64, CODES = (int(kind) for kind in Kind)
+NEAREST_EVEN, TOWARD_ZERO, NEAREST_AWAY, STOCHASTIC = range(4)
+
+I32, F32, U16, U32, U64 = np.int32, np.float32, np.uint16, np.uint32, np.uint64
+MAGNITUDE, SIGN, INF, NAN = I32(0x7FFFFFFF), I32(-0x80000000), I32(0x7F800000), I32(0x7FC00000)
+LOW, WORD = U64(0xFFFFFFFF), U64(32)
+
+compiled: Any = njit(cache=True, nogil=True, error_model="numpy", boundscheck=False)
+kernel: Any = cfunc(types.void(types.int64), cache=True, error_model="numpy")
+
+
+@compiled
+def _bits(value):
+    return np.float32(value).view(np.int32)
+
+
+@compiled
+def _real(bits):
+    return np.int32(bits).view(np.float32)
+
+
+@compiled
+def _bits64(value):
+    return np.float64(value).view(np.int64)
+
+
+@compiled
+def _real64(bits):
+    return np.int64(bits).view(np.float64)
+
+
+@compiled
+def _magnitude64(value):
+    return _bits64(value) & 0x7FFFFFFFFFFFFFFF
+
+
+@compiled
+def _finish(rounded, u, a, top, over, inf, zero_sign):
+    """The bits of a rounded magnitude after overflow, Inf, NaN and the sign; `u` and `a` are the value's bits with and without it."""
+    r = over if rounded > top else rounded
+    r = inf if a == INF else r
+    r = _real(NAN) if a > INF else r
+    sign = I32(u & SIGN)
+    sign = I32(sign & zero_sign) if r == F32(0) else sign
+    return I32(_bits(r) | sign)
+
+
+@compiled
+def _nearest(x, scale, shift, e_min, limit, top, over, inf, zero_sign):
+    """One float32, scaled and rounded to nearest even at bit m: the bits of the result."""
+    u = _bits(x * scale)
+    a = I32(u & MAGNITUDE)
+    c = I32(min(a, limit))
+    magic = _real(max(I32(c & INF), e_min) + shift)
+    return _finish((_real(c) + magic) - magic, u, a, top, over, inf, zero_sign)
+
+
+@compiled
+def _nearest_to_float32(x_f, x_i, out, scale, divisor, shift, e_min, limit, top, over, inf, zero_sign):
+    """out = nearest-even(x * scale) / divisor; returns the bits of amax(|x|), which order as the values do, NaN on top."""
+    peak = I32(0)
+    for i in range(x_f.size):
+        peak = max(peak, I32(x_i[i] & MAGNITUDE))
+        out[i] = _real(_nearest(x_f[i], scale, shift, e_min, limit, top, over, inf, zero_sign)) / divisor
+    return peak
+
+
+@compiled
+def _nearest_to_bfloat16(x_f, x_i, out, scale, shift, e_min, limit, top, over, inf, zero_sign):
+    """out (uint16) = nearest-even(x * scale), which bfloat16 holds exactly; returns the bits of amax(|x|)."""
+    peak = I32(0)
+    for i in range(x_f.size):
+        peak = max(peak, I32(x_i[i] & MAGNITUDE))
+        out[i] = U16(_nearest(x_f[i], scale, shift, e_min, limit, top, over, inf, zero_sign) >> I32(16))
+    return peak
+
+
+@compiled
+def _any_to_float32(x_f, x_i, out, scale, divisor, shift, e_min, limit, top, over, inf, zero_sign, half, draws, lane):
+    """As `_nearest_to_float32`, but up where fraction >= half, or, where half is 0, where fraction * 2**32 + draw carries."""
+    peak = I32(0)
+    up_m = I32((23 << 23) - shift)
+    for i in range(x_f.size):
+        peak = max(peak, I32(x_i[i] & MAGNITUDE))
+        u = _bits(x_f[i] * scale)
+        a = I32(u & MAGNITUDE)
+        c = I32(min(a, limit))
+        e = max(I32(c & INF), e_min)
+        in_ulps = _real(c) * _real(I32(254 << 23) - e + up_m)
+        whole = np.floor(in_ulps)
+        fraction = in_ulps - whole
+        if half > F32(0):
+            whole += F32(1) if fraction >= half else F32(0)
+        else:
+            likelihood = U32(fraction * F32(4294967296.0))
+            whole += F32(1) if U32(likelihood + draws[lane + i]) < likelihood else F32(0)
+        rounded = whole * _real(e - up_m)
+        out[i] = _real(_finish(rounded, u, a, top, over, inf, zero_sign)) / divisor
+    return peak
+
+
+@compiled
+def _fill_random(draws, blocks, first, seed):
+    """Philox4x32-10: four words for each of `blocks` counters from `first` on."""
+    for b in range(blocks):
+        counter = U64(first) + U64(b)
+        c0, c1, c2, c3 = counter & LOW, counter >> WORD, U64(0), U64(0)
+        k0, k1 = U64(seed) & LOW, U64(seed) >> WORD
+        for _ in range(10):
+            p0, p1 = U64(0xD2511F53) * c0, U64(0xCD9E8D57) * c2
+            c0, c1, c2, c3 = (p1 >> WORD) ^ c1 ^ k0, p1 & LOW, (p0 >> WORD) ^ c3 ^ k1, p0 & LOW
+            k0, k1 = (k0 + U64(0x9E3779B9)) & LOW, (k1 + U64(0xBB67AE85)) & LOW
+        draws[4 * b] = U32(c0)
+        draws[4 * b + 1] = U32(c1)
+        draws[4 * b + 2] = U32(c2)
+        draws[4 * b + 3] = U32(c3)
+
+
+@compiled
+def _load(x, out_i, bfloat16):
+    """bfloat16 or float16 bits (uint16) to float32 bits, exact."""
+    if bfloat16:
+        for i in range(x.size):
+            out_i[i] = I32(U32(x[i]) << U32(16))
+        return
+    for i in range(x.size):
+        h = I32(x[i])
+        bits = _bits(_real((h & I32(0x7FFF)) << I32(13)) * F32(2.0**112))
+        bits = bits | INF if (h & I32(0x7C00)) == I32(0x7C00) else bits
+        out_i[i] = bits | ((h & I32(0x8000)) << I32(16))
+
+
+@compiled
+def _store_bfloat16(x_i, out):
+    """float32 bits to bfloat16 bits (uint16), to nearest even, NaN kept."""
+    for i in range(out.size):
+        u = U32(x_i[i])
+        rounded = (u + U32(0x7FFF) + ((u >> U32(16)) & U32(1))) >> U32(16)
+        out[i] = U16(0x7FC0) if I32(x_i[i] & MAGNITUDE) > INF else U16(rounded)
+
+
+@compiled
+def _store_float16(x_i, out):
+    """float32 bits to float16 bits (uint16), to nearest even, overflow to Inf, NaN kept."""
+    for i in range(out.size):
+        a = I32(x_i[i] & MAGNITUDE)
+        c = I32(min(a, I32(0x47800000)))  # 65536, past which all is Inf
+        magic = _real(max(I32(c & INF), I32(113 << 23)) + I32(13 << 23))
+        r = (_real(c) + magic) - magic
+        code = (_bits(r) >> I32(13)) - I32(112 << 10) if r >= F32(2.0**-14) else I32(r * F32(2.0**24))
+        code = I32(0x7E00) if a > INF else code
+        out[i] = U16(code | ((x_i[i] >> I32(16)) & I32(0x8000)))
+
+
+@compiled
+def _store_codes(x_i, out, m, bias, inf_code, nan_code, sign_mask):
+    """Representable float32 values to the format's codes (uint8)."""
+    drop, rebias = I32(23 - m), I32((127 - bias) << m)
+    tiny, per_subnormal = _real((128 - bias) << 23), _real((126 + bias + m) << 23)
+    inf_code, nan_code, sign_mask = I32(inf_code), I32(nan_code), I32(sign_mask)
+    for i in range(out.size):
+        a = I32(x_i[i] & MAGNITUDE)
+        code = (a >> drop) - rebias if _real(a) >= tiny else I32(_real(a) * per_subnormal)
+        code = inf_code if a == INF else code
+        code = code | ((x_i[i] >> I32(31)) & sign_mask)
+        out[i] = np.uint8(nan_code if a > INF else code)
+
+
+@kernel
+def cast32(arguments):
+    """Float32, bfloat16 and float16 sources, scaled and rounded in float32."""
+    p = carray(_at(arguments), (SLOTS,), np.int64)
+    n, kind, target, mode, m = p[SIZE], p[SOURCE_KIND], p[TARGET_KIND], p[ROUNDING], p[MANTISSA_BITS]
+    scale, divisor = F32(_real64(p[SCALE])), F32(_real64(p[DIVISOR]))
+    values = carray(_at(p[VALUES]), (256,), np.float32)
+    top, over, inf = values[p[MAX_CODE]], values[p[OVERFLOW_CODE]], values[p[INF_BECOMES]]
+    shift, e_min = I32((23 - m) << 23), I32((128 - p[BIAS]) << 23)
+    limit = I32(((p[MAX_CODE] >> m) - p[BIAS] + 129) << 23)  # 2**(emax + 2)
+    zero_sign = SIGN if p[NEGATIVE_ZERO] else I32(0)
+    half = F32(2) if mode == TOWARD_ZERO else F32(0.5) if mode == NEAREST_AWAY else F32(0)
+    loaded, rounded = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
+    draws = np.empty(CHUNK + 8 if mode == STOCHASTIC else 0, np.uint32)
+    peak = I32(0)
+    while True:
+        start = _atomic_add(arguments + 8 * NEXT_CHUNK, 1) * CHUNK
+        if start >= n:
+            break
+        size = min(CHUNK, n - start)
+        x_f, x_i, out = loaded[:size], loaded[:size].view(np.int32), rounded[:size]
+        if kind == FLOAT32:
+            x_f = carray(_at(p[SOURCE] + 4 * start), (size,), np.float32)
+            x_i = carray(_at(p[SOURCE] + 4 * start), (size,), np.int32)
+        else:
+            _load(carray(_at(p[SOURCE] + 2 * start), (size,), np.uint16), x_i, kind == BFLOAT16)
+        if target == FLOAT32:
+            out = carray(_at(p[TARGET] + 4 * start), (size,), np.float32)
+        halves = carray(_at(p[TARGET] + 2 * start), (size,), np.uint16)
+        if mode == NEAREST_EVEN and target == BFLOAT16 and divisor == F32(1):
+            found = _nearest_to_bfloat16(x_f, x_i, halves, scale, shift, e_min, limit, top, over, inf, zero_sign)
+            peak = max(peak, found)
+            continue
+        if mode == NEAREST_EVEN:
+            found = _nearest_to_float32(x_f, x_i, out, scale, divisor, shift, e_min, limit, top, over, inf, zero_sign)
+        else:
+            if mode == STOCHASTIC:
+                _fill_random(draws, (size + 7) // 4, (p[OFFSET] + start) >> 2, p[SEED])
+            lane = p[OFFSET] & 3
+            found = _any_to_float32(
+                x_f, x_i, out, scale, divisor, shift, e_min, limit, top, over, inf, zero_sign, half, draws, lane
+            )
+        peak = max(peak, found)
+        if target == BFLOAT16:
+            _store_bfloat16(out.view(np.int32), halves)
+        elif target == FLOAT16:
+            _store_float16(out.view(np.int32), halves)
+        elif target == CODES:
+            codes = carray(_at(p[TARGET] + start), (size,), np.uint8)
+            _store_codes(out.view(np.int32), codes, m, p[BIAS], p[INF_CODE], p[NAN_CODE], p[SIGN_MASK])
+    _atomic_max(arguments + 8 * AMAX, np.int64(peak))
+
+
+@compiled
+def _code_of(value, p, draw):
+    """The code of one float64 under the arguments `p`, as `reference.encode` defines it."""
+    m, nan, signed = p[MANTISSA_BITS], p[NAN_CODE], p[SIGN_MASK] != 0
+    magnitude, negative = abs(value), _bits64(value) < 0
+    if not signed and magnitude == 0:
+        return p[ZERO_CODE]
+    if np.isnan(value) or (negative and not signed):
+        return nan
+    code = p[INF_BECOMES]
+    if not np.isinf(value):
+        magnitude = min(magnitude, 2.0**200)
+        exponent = max((_bits64(magnitude) >> 52) - 1023, 1 - p[BIAS])
+        in_ulps = magnitude * _real64((1023 + m - exponent) << 52)
+        whole = np.floor(in_ulps)
+        fraction = in_ulps - whole
+        up = False
+        if p[ROUNDING] == NEAREST_EVEN:
+            up = fraction > 0.5 or (fraction == 0.5 and whole % 2 == 1)
+        elif p[ROUNDING] == NEAREST_AWAY:
+            up = fraction >= 0.5
+        elif p[ROUNDING] == STOCHASTIC:
+            up = np.int64(fraction * 4294967296.0) + draw >= 1 << 32
+        code = np.int64(whole) + np.int64(up) + ((exponent - 1 + p[BIAS]) << m)
+        code = p[OVERFLOW_CODE] if code > p[MAX_CODE] else code
+    if negative and code != nan and (p[NEGATIVE_ZERO] or code != 0):
+        code |= p[SIGN_MASK]
+    return code
+
+
+@kernel
+def cast64(arguments):
+    """Any source, rounded in float64: for float64 itself, and for E8M0, whose range leaves float32 no room to round in."""
+    p = carray(_at(arguments), (SLOTS,), np.int64)
+    n, kind, target = p[SIZE], p[SOURCE_KIND], p[TARGET_KIND]
+    scale, divisor = _real64(p[SCALE]), _real64(p[DIVISOR])
+    values = carray(_at(p[VALUES]), (256,), np.float32)
+    loaded, rounded = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
+    draws = np.zeros(CHUNK + 8, np.uint32)
+    peak = np.int64(0)
+    while True:
+        start = _atomic_add(arguments + 8 * NEXT_CHUNK, 1) * CHUNK
+        if start >= n:
+            break
+        size = min(CHUNK, n - start)
+        x = carray(_at(p[SOURCE] + 8 * start), (size,), np.float64)
+        if kind == FLOAT32:
+            loaded[:size] = carray(_at(p[SOURCE] + 4 * start), (size,), np.float32)
+        elif kind != FLOAT64:
+            _load(carray(_at(p[SOURCE] + 2 * start), (size,), np.uint16), loaded.view(np.int32), kind == BFLOAT16)
+        if p[ROUNDING] == STOCHASTIC:
+            _fill_random(draws, (size + 7) // 4, (p[OFFSET] + start) >> 2, p[SEED])
+        codes = carray(_at(p[TARGET] + start), (size,), np.uint8)
+        wide = carray(_at(p[TARGET] + 8 * start), (size,), np.float64)
+        for i in range(size):
+            if kind == FLOAT64:
+                peak = max(peak, _magnitude64(x[i]))
+                value = x[i] * scale
+            else:
+                peak = max(peak, _magnitude64(np.float64(loaded[i])))
+                value = np.float64(loaded[i] * F32(scale))
+            code = _code_of(value, p, np.int64(draws[(p[OFFSET] & 3) + i]))
+            if target == CODES:
+                codes[i] = np.uint8(code)
+            elif target == FLOAT64:
+                wide[i] = np.float64(values[code]) / divisor
+            else:
+                rounded[i] = values[code] / F32(divisor)
+        if target == FLOAT32:
+            carray(_at(p[TARGET] + 4 * start), (size,), np.float32)[:] = rounded[:size]
+        elif target == BFLOAT16:
+            _store_bfloat16(rounded.view(np.int32), carray(_at(p[TARGET] + 2 * start), (size,), np.uint16))
+        elif target == FLOAT16:
+            _store_float16(rounded.view(np.int32), carray(_at(p[TARGET] + 2 * start), (size,), np.uint16))
+    _atomic_max(arguments + 8 * AMAX, peak)
+
+
+@kernel
+def amax(arguments):
+    """The largest magnitude alone."""
+    p = carray(_at(arguments), (SLOTS,), np.int64)
+    n, kind = p[SIZE], p[SOURCE_KIND]
+    loaded = np.empty(CHUNK, np.int32)
+    peak, peak64 = I32(0), np.int64(0)
+    while True:
+        start = _atomic_add(arguments + 8 * NEXT_CHUNK, 1) * CHUNK
+        if start >= n:
+            break
+        size = min(CHUNK, n - start)
+        bits = loaded[:size]
+        if kind == FLOAT64:
+            for value in carray(_at(p[SOURCE] + 8 * start), (size,), np.float64):
+                peak64 = max(peak64, _magnitude64(value))
+            continue
+        if kind == FLOAT32:
+            bits = carray(_at(p[SOURCE] + 4 * start), (size,), np.int32)
+        else:
+            _load(carray(_at(p[SOURCE] + 2 * start), (size,), np.uint16), bits, kind == BFLOAT16)
+        for i in range(size):
+            peak = max(peak, I32(bits[i] & MAGNITUDE))
+    _atomic_max(arguments + 8 * AMAX, max(np.int64(peak), peak64))

@@ -1,0 +1,175 @@
+"""`autocast`: in which recipe the layers below it run, and when their scales move.
+
+The order of updates is Transformer Engine's: forward scales on leaving the outermost enabled `autocast` while gradients are enabled;
+backward scales at the end of the backward pass.  Evaluation (`eval()`, `no_grad`) moves nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+import torch.distributed
+
+from octavo.recipes import Recipe
+
+__all__ = [
+    "Frame",
+    "autocast",
+    "current",
+    "fp8_autocast",
+    "in_backward",
+    "inside_function",
+    "register",
+    "update_after_backward",
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Frame:
+    """One entered `autocast`."""
+
+    enabled: bool
+    calibrating: bool
+    recipe: Recipe | None
+    group: Any
+
+
+class Scaled(Protocol):
+    """A layer with scales to update; `octavo.torch.state.ScaledLayer` is the one there is."""
+
+    serial: int
+
+    def rows_to_reduce(self, *, backward: bool) -> list[torch.Tensor]: ...
+    def update_forward(self) -> None: ...
+    def update_backward(self) -> None: ...
+    def forget_forward(self) -> None: ...
+
+
+class _Active(threading.local):
+    """The innermost `autocast` of this thread.  (A ContextVar would say so too, but torch.compile cannot read one.)"""
+
+    frame: Frame | None = None
+    updating: int = -1
+    """The backward pass at whose end the scales will move."""
+    group: Any = None
+    """The process group of the last `autocast` left, for the backward pass that follows it."""
+
+
+_active = _Active()
+_layers: weakref.WeakSet[Scaled] = weakref.WeakSet()
+
+
+def register(layer: Scaled) -> None:
+    """Have the layer's scales updated for as long as it lives.  A layer that a step did not use holds no new amax and stays as it is."""
+    _layers.add(layer)
+
+
+def current() -> Frame | None:
+    """The innermost `autocast` of this thread."""
+    return _active.frame
+
+
+def in_backward() -> bool:
+    """Whether a backward pass is running: a forward pass inside it is a recomputation (activation checkpointing)."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def inside_function() -> bool:
+    """Whether a torch.autograd.Function's forward is running: there gradients are off, yet a backward pass will come."""
+    # Function.forward turns forward-mode gradients off too, which no_grad does not.
+    return not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+class autocast:
+    """Run the Octavo layers of the block in 8 bits.
+
+    enabled: False turns 8 bits off inside; calibrating: gather amaxes without casting (with enabled=False), so that the scales fit the
+    data when the block ends; recipe: for all layers inside; None leaves each its own, or `delayed_scaling()` where it has none;
+    amax_reduction_group: the process group whose ranks share amaxes (default: all ranks, where there are several).
+    May be nested and entered again; scales move on leaving the outermost enabled block.
+    """
+
+    def __init__(
+        self,
+        enabled: bool = True,
+        calibrating: bool = False,
+        recipe: Recipe | None = None,
+        amax_reduction_group: Any = None,
+    ) -> None:
+        if recipe is not None and not isinstance(recipe, Recipe):
+            raise ValueError(
+                f"recipe is a Recipe such as octavo.recipes.delayed_scaling(); got {type(recipe).__name__}"
+            )
+        self.frame = Frame(enabled=enabled, calibrating=calibrating, recipe=recipe, group=amax_reduction_group)
+        self.outer: list[Frame | None] = []
+
+    def __enter__(self) -> None:
+        self.outer.append(_active.frame)
+        _active.frame = self.frame
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _active.frame = outer = self.outer.pop()
+        outermost = outer is None or not (outer.enabled or outer.calibrating)
+        if outermost and (self.frame.enabled or self.frame.calibrating):
+            _leave(self.frame, keep=kind is None and (torch.is_grad_enabled() or self.frame.calibrating))
+
+
+def fp8_autocast(
+    enabled: bool = True,
+    calibrating: bool = False,
+    fp8_recipe: Recipe | None = None,
+    fp8_group: Any = None,
+) -> autocast:
+    """`autocast` with the argument names it had earlier in Transformer Engine."""
+    return autocast(enabled, calibrating, fp8_recipe, fp8_group)
+
+
+@torch.compiler.disable
+def _leave(frame: Frame, *, keep: bool) -> None:
+    if not keep:
+        for layer in _layers:
+            layer.forget_forward()
+        return
+    _active.group = frame.group
+    _reduce(backward=False, group=frame.group)
+    for layer in _layers:
+        layer.update_forward()
+
+
+def update_after_backward() -> None:
+    """Have the backward scales updated once, when the running backward pass ends."""
+    task = torch._C._current_graph_task_id()
+    if task == -1:
+        return
+    if _active.updating != task:
+        _active.updating = task
+        torch.autograd.Variable._execution_engine.queue_callback(_end_backward)
+
+
+def _end_backward() -> None:
+    _reduce(backward=True, group=_active.group)
+    for layer in _layers:
+        layer.update_backward()
+
+
+def _reduce(*, backward: bool, group: Any) -> None:
+    """The maximum over all ranks of each layer's new amaxes, in place, in one collective."""
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size(group) == 1:
+        return
+    # In the order the layers were made, which is the same on every rank.
+    layers = sorted(_layers, key=lambda layer: layer.serial)
+    rows = [row for layer in layers for row in layer.rows_to_reduce(backward=backward)]
+    if not rows:
+        return
+    together = torch.cat(rows)
+    distributed.all_reduce(together, op=distributed.ReduceOp.MAX, group=group)
+    for row, reduced in zip(rows, together.split([row.numel() for row in rows]), strict=True):
+        row.copy_(reduced)

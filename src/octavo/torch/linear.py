@@ -1,0 +1,154 @@
+"""`Linear`: torch's own, whose three GEMMs run as a recipe says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from octavo.recipes import Recipe, delayed_scaling
+from octavo.torch import context, ops
+from octavo.torch.state import ScaledLayer
+
+__all__ = ["DEFAULT_RECIPE", "Linear"]
+
+DEFAULT_RECIPE = delayed_scaling()
+"""What an enabled `autocast` runs where neither it nor the layer names a recipe."""
+
+
+class Linear(nn.Linear, ScaledLayer):
+    """`torch.nn.Linear` in 8 bits: `y = x @ weight.T + bias` with the operands of its three GEMMs cast by a recipe.
+
+    input: [..., in_features], any number of leading dimensions, any sizes, 0 among them; float32, bfloat16, float16 or float64.
+    The output has torch.autocast's dtype where that is on, else the input's; input and weight are cast from their own dtypes.
+    In 8 bits inside an enabled `autocast` and, for a layer with a recipe of its own (see `convert`), outside any; else this is
+    `torch.nn.Linear`.  Parameters keep their dtype; grad_bias is the sum of the uncast grad_output.
+    NaN and Inf propagate, into the result and into amax, and leave delayed scales as they were.
+    Source: the order of operations of Transformer Engine's Linear; see `docs/numerics.md`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        recipe: Recipe | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._start(recipe)
+
+    @classmethod
+    def adopt(cls, module: nn.Linear, recipe: Recipe | None) -> Linear:
+        """Turn a torch Linear into this class where it stands: the same object, parameters, hooks and name."""
+        module.__class__ = cls
+        assert isinstance(module, cls)
+        module._start(recipe)
+        return module
+
+    def _start(self, recipe: Recipe | None) -> None:
+        self.start_state(recipe, self.weight.device)
+        self._kept_weight: Tensor | None = None
+
+    def forward(self, input: Tensor, is_first_microbatch: bool | None = None) -> Tensor:
+        """The layer's output, [..., out_features].
+
+        is_first_microbatch: None casts the weight at each call; True casts it and keeps the result; False uses what was kept, and
+        leaves the weight's scale at rest.
+        """
+        frame = context.current()
+        compiling = torch.compiler.is_compiling()
+        repeating = not compiling and context.in_backward()
+        progress = self.progress
+        recipe = progress.recipe if repeating else self._recipe_in(frame)
+        if not repeating:
+            progress.recipe = recipe
+            if not compiling:
+                progress.updates_at_forward = progress.updates
+        if recipe is None:
+            if frame is not None and frame.calibrating:
+                self._calibrate(input, frame.recipe or self.recipe or DEFAULT_RECIPE)
+            return F.linear(input, self.weight, self.bias)
+        self._check(input)
+        delayed = recipe.delayed
+        if delayed is not None:
+            self.resize_histories(delayed.history)
+
+        output, _, operand, facts = ops.linear(
+            input if input.dim() == 2 else input.reshape(-1, self.in_features),
+            self.weight,
+            self.bias,
+            self._kept(is_first_microbatch),
+            self.scale_forward if compiling else self.scales_for(repeating=repeating),
+            self.scale_backward,
+            self.amax_history_backward,
+            recipe.cast_key,
+            _activation_dtype(input),
+            self.training and delayed is not None,
+        )
+        if is_first_microbatch:
+            self._kept_weight = operand.detach()
+        learning = torch.is_grad_enabled() or (not compiling and context.inside_function())
+        if delayed is not None and self.training and learning and not repeating:
+            self.gather_forward(facts)
+            if frame is None:
+                self.update_forward_in_place()
+        return output if input.dim() == 2 else output.reshape(*input.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        recipe = "" if self.recipe is None else f", recipe={self.recipe.name}"
+        return super().extra_repr() + recipe
+
+    def _recipe_in(self, frame: context.Frame | None) -> Recipe | None:
+        """The recipe in force: the autocast's, else the layer's own; None for high precision."""
+        if frame is None:
+            return self.recipe
+        if not frame.enabled:
+            return None
+        return frame.recipe or self.recipe or DEFAULT_RECIPE
+
+    def _check(self, input: Tensor) -> None:
+        if not input.is_floating_point():
+            raise ValueError(
+                f"Linear takes a floating-point input; got {input.dtype}: convert it first (input.float())"
+            )
+        if input.dim() == 0 or input.shape[-1] != self.in_features:
+            raise ValueError(
+                f"Linear({self.in_features}, {self.out_features}) takes [..., {self.in_features}]; got {list(input.shape)}: "
+                "reshape the input so that its last dimension is in_features"
+            )
+
+    def _kept(self, is_first_microbatch: bool | None) -> Tensor | None:
+        if is_first_microbatch is not False:
+            return None
+        if self._kept_weight is None:
+            raise ValueError(
+                "is_first_microbatch=False uses the weight that True kept, and no call with True came before"
+            )
+        return self._kept_weight
+
+    def _calibrate(self, input: Tensor, recipe: Recipe) -> None:
+        """Gather the amaxes of the tensors that `recipe` would cast."""
+        if recipe.delayed is None:
+            raise ValueError(
+                f"calibration fills the scales of delayed scaling, and {recipe.name} keeps none: evaluate with it directly"
+            )
+        self._check(input)
+        self.progress.recipe = recipe
+        self.resize_histories(recipe.delayed.history)
+        with torch.no_grad():
+            peaks = [
+                x.abs().amax().float() if x.numel() else x.new_zeros((), dtype=torch.float32)
+                for x in (input, self.weight)
+            ]
+            self.gather_forward(torch.stack([*peaks, torch.zeros_like(peaks[0])]))
+
+
+def _activation_dtype(input: Tensor) -> torch.dtype:
+    """The dtype that a layer computes in: torch.autocast's where that is on, else the input's."""
+    device = input.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype

@@ -1,0 +1,215 @@
+"""The scales and amax histories that a layer keeps for delayed scaling, as buffers of the layer."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from octavo.kernels import cpu
+from octavo.recipes import Recipe
+from octavo.scaling import AmaxAlgorithm, Delayed, roll_history
+from octavo.torch import context
+
+__all__ = ["BACKWARD", "FORWARD", "ScaledLayer"]
+
+FORWARD = ("input", "weight", "output")
+"""The tensors that the columns of the forward scales and histories stand for."""
+BACKWARD = ("grad_output", "grad_input")
+"""The same for the backward ones."""
+
+
+@dataclass(slots=True)
+class Progress:
+    """What a layer remembers of its passes, besides tensors."""
+
+    recipe: Recipe | None
+    """The recipe of the last forward pass."""
+    updates: int = 0
+    """How often the forward scales were updated."""
+    updates_at_forward: int = 0
+    """`updates` at the last forward pass."""
+    gathered: bool = False
+    """Whether a training pass wrote forward amaxes since the last update."""
+
+
+_PERSISTENT = ("scale_forward", "amax_history_forward", "scale_backward", "amax_history_backward")
+_serial = itertools.count()
+
+
+def gather(history: Tensor, facts: Tensor) -> None:
+    """Take the last entries of `facts`, the amaxes of a pass, float32 [tensors], into row 0 of a history, in place; NaN stays."""
+    if torch.compiler.is_compiling() or history.device.type != "cpu":
+        row = history[0]
+        torch.maximum(row, facts[-row.shape[0] :], out=row)
+    else:  # the same on the memory itself: in eager mode torch's dispatch would cost more than the work
+        cpu.gather_amax(history.numpy(), facts.numpy())
+
+
+class ScaledLayer(nn.Module):
+    """A layer with delayed-scaling state.
+
+    Invariants: `scale_*` float32 [tensors], positive and finite, ones at first; `amax_history_*` float32 [steps, tensors], row 0 gathers
+    until the next update and is zero after it, the last row is the newest; steps is 0 until a recipe with delayed scaling asks for
+    more.  Only training moves any of it.  The dtype stays float32 whatever the layer is converted to.
+    """
+
+    scale_forward: Tensor
+    amax_history_forward: Tensor
+    scale_backward: Tensor
+    amax_history_backward: Tensor
+    scale_forward_before: Tensor
+
+    def start_state(self, recipe: Recipe | None, device: torch.device) -> None:
+        """Make the buffers and have `autocast` update them; `recipe` is the layer's own, where it has one."""
+        self.recipe = recipe
+        self.progress = Progress(recipe)
+        for name, tensors in (("forward", FORWARD), ("backward", BACKWARD)):
+            self.register_buffer(f"scale_{name}", torch.ones(len(tensors), device=device))
+            self.register_buffer(f"amax_history_{name}", torch.zeros(0, len(tensors), device=device))
+        # What scale_forward was before its last update: a recomputation has to cast as the pass that it repeats did.
+        self.register_buffer("scale_forward_before", torch.ones(len(FORWARD), device=device), persistent=False)
+        if recipe is not None and recipe.delayed is not None:
+            self.resize_histories(recipe.delayed.history)
+        self._join()
+
+    def _join(self) -> None:
+        self.serial = next(_serial)
+        context.register(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._join()
+
+    # While torch.compile traces, this runs on the layer itself, so that the traced graph meets buffers of their final size.
+    @torch.compiler.assume_constant_result
+    def resize_histories(self, steps: int) -> None:
+        """Have the histories remember `steps` steps, keeping the newest of what they hold."""
+        for name in ("amax_history_forward", "amax_history_backward"):
+            old = getattr(self, name)
+            if old.shape[0] == steps:
+                continue
+            new = old.new_zeros(steps, old.shape[1])
+            kept = min(old.shape[0], steps) - 1
+            if kept > 0:
+                new[-kept:] = old[-kept:]
+            new[: min(1, old.shape[0])] = old[:1]
+            setattr(self, name, new)
+
+    def gather_forward(self, facts: Tensor) -> None:
+        """Take the amaxes of a forward pass, the last three of `facts`, into row 0."""
+        gather(self.amax_history_forward, facts)
+        self.progress.gathered = True
+
+    def scales_for(self, *, repeating: bool) -> Tensor:
+        """The forward scales; for a recomputation, those of the pass that it repeats."""
+        if not repeating or self.progress.updates == self.progress.updates_at_forward:
+            return self.scale_forward
+        if self.progress.updates == self.progress.updates_at_forward + 1:
+            return self.scale_forward_before
+        raise RuntimeError(
+            "a checkpointed layer is recomputed after its scales moved twice; run the backward pass of one autocast block "
+            "before leaving the next"
+        )
+
+    def _delayed(self) -> Delayed | None:
+        recipe = self.progress.recipe
+        return recipe.delayed if recipe is not None and self.amax_history_forward.shape[0] else None
+
+    def rows_to_reduce(self, *, backward: bool) -> list[Tensor]:
+        """Row 0 of the forward or backward history, where ranks share it."""
+        scaling = self._delayed()
+        if scaling is None or not scaling.reduce:
+            return []
+        return [(self.amax_history_backward if backward else self.amax_history_forward)[0]]
+
+    def forget_forward(self) -> None:
+        """Drop the amaxes gathered since the last update: they were of no training step."""
+        if self.progress.gathered:
+            self.amax_history_forward[:1].zero_()
+            self.progress.gathered = False
+
+    def update_forward(self) -> None:
+        """Roll the forward history and move the forward scales, as `octavo.scaling.roll_history` defines."""
+        progress, scaling = self.progress, self._delayed()
+        if scaling is None or not progress.gathered:
+            return
+        # The two buffers change places: whoever holds the old scales (a recomputation, a compiled graph) keeps them unchanged.
+        buffers = self._buffers
+        buffers["scale_forward"], buffers["scale_forward_before"] = (
+            buffers["scale_forward_before"],
+            buffers["scale_forward"],
+        )
+        progress.updates += 1
+        progress.gathered = False
+        self._roll(self.amax_history_forward, self.scale_forward_before, self.scale_forward, scaling, backward=False)
+
+    def update_backward(self) -> None:
+        """Roll the backward history and move the backward scales, in the same way."""
+        scaling = self._delayed()
+        if scaling is not None:
+            self._roll(self.amax_history_backward, self.scale_backward, self.scale_backward, scaling, backward=True)
+
+    def update_forward_in_place(self) -> None:
+        """`update_forward` for one call that is a block of its own, traceable by torch.compile."""
+        if not torch.compiler.is_compiling():
+            self.update_forward()
+            return
+        scaling = self._delayed()
+        assert scaling is not None
+        assert self.progress.recipe is not None
+        maximum = torch.tensor(_maxima(self.progress.recipe, False), device=self.scale_forward.device)
+        history, scale = roll_history(self.amax_history_forward, self.scale_forward, maximum, scaling)
+        self.amax_history_forward.copy_(history)
+        self.scale_forward.copy_(scale)
+
+    def _roll(self, history: Tensor, before: Tensor, scale: Tensor, scaling: Delayed, *, backward: bool) -> None:
+        """history and scale, in place, from history and the scales before."""
+        assert self.progress.recipe is not None
+        maximum = _maxima_array(self.progress.recipe, backward)
+        if history.device.type == "cpu" and isinstance(scaling.algorithm, AmaxAlgorithm):
+            most_recent = scaling.algorithm is AmaxAlgorithm.MOST_RECENT
+            cpu.roll_history(history.numpy(), before.numpy(), scale.numpy(), maximum, 2.0**-scaling.margin, most_recent)
+            return
+        with torch.no_grad():
+            rolled, moved = roll_history(history, before, torch.from_numpy(maximum).to(history.device), scaling)
+            history.copy_(rolled)
+            scale.copy_(moved)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        names = (*_PERSISTENT, "scale_forward_before")
+        before = {name: getattr(self, name) for name in names}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name in names:
+            after = getattr(self, name)
+            if after.dtype != torch.float32:
+                setattr(self, name, before[name].to(after.device))
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """As torch's, but state is taken in whatever length it comes, and fresh state stands in for what does not come."""
+        with torch.no_grad():
+            for name in _PERSISTENT:
+                own = getattr(self, name)
+                value = state_dict.get(prefix + name)
+                if value is None:
+                    fresh = torch.ones_like(own) if name.startswith("scale") else torch.zeros_like(own)
+                    state_dict[prefix + name] = fresh
+                elif value.dim() == own.dim() and value.shape != own.shape and value.shape[1:] == own.shape[1:]:
+                    setattr(self, name, torch.empty_like(value, dtype=torch.float32, device=own.device))
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+
+
+@functools.lru_cache(maxsize=64)
+def _maxima_array(recipe: Recipe, backward: bool) -> np.ndarray[Any, np.dtype[np.float32]]:
+    return np.array(_maxima(recipe, backward), np.float32)
+
+
+def _maxima(recipe: Recipe, backward: bool) -> list[float]:
+    """format.max of each column's tensor; 1 for a tensor that is not cast, whose history stays empty."""
+    return [recipe.maxima.get(tensor, 1.0) for tensor in (BACKWARD if backward else FORWARD)]
