@@ -65,10 +65,11 @@ class Linear(nn.Linear, ScaledLayer):
         repeating = not compiling and context.in_backward()
         progress = self.progress
         recipe = progress.recipe if repeating else self._recipe_in(frame)
-        if not repeating:
-            progress.recipe = recipe
-            if not compiling:
-                progress.updates_at_forward = progress.updates
+        if compiling:
+            if self.training:  # an exported, evaluated model has no side effects
+                progress.recipe = recipe
+        elif not repeating:
+            progress.recipe, progress.updates_at_forward = recipe, progress.updates
         if recipe is None:
             if frame is not None and frame.calibrating:
                 self._calibrate(input, frame.recipe or self.recipe or DEFAULT_RECIPE)

@@ -200,7 +200,9 @@ class ScaledLayer(nn.Module):
                 if value is None:
                     fresh = torch.ones_like(own) if name.startswith("scale") else torch.zeros_like(own)
                     state_dict[prefix + name] = fresh
-                elif value.dim() == own.dim() and value.shape != own.shape and value.shape[1:] == own.shape[1:]:
+                elif (
+                    value.dim() == own.dim() == 2 and value.shape[0] != own.shape[0] and value.shape[1] == own.shape[1]
+                ):
                     setattr(self, name, torch.empty_like(value, dtype=torch.float32, device=own.device))
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
 
