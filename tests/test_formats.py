@@ -105,7 +105,12 @@ def test_finfo_agrees(name: str) -> None:
     format = get_format(name)
     theirs = ml_dtypes.finfo(getattr(ml_dtypes, name))
     assert (format.bits, format.exponent_bits, format.mantissa_bits) == (theirs.bits, theirs.nexp, theirs.nmant)
-    for ours, name_there in (("max", "max"), ("eps", "eps"), ("tiny", "tiny"), ("smallest_subnormal", "smallest_subnormal")):
+    for ours, name_there in (
+        ("max", "max"),
+        ("eps", "eps"),
+        ("tiny", "tiny"),
+        ("smallest_subnormal", "smallest_subnormal"),
+    ):
         assert getattr(format, ours) == float(getattr(theirs, name_there)), ours
     assert format.emax == theirs.maxexp - 1
 
@@ -166,7 +171,9 @@ def test_a_name_like_no_other_suggests_nothing() -> None:
         get_format("zzz")
 
 
-@pytest.mark.parametrize(("exponent_bits", "mantissa_bits", "signed"), [(5, 3, True), (8, 7, True), (8, 1, False), (5, 10, True)])
+@pytest.mark.parametrize(
+    ("exponent_bits", "mantissa_bits", "signed"), [(5, 3, True), (8, 7, True), (8, 1, False), (5, 10, True)]
+)
 def test_a_format_wider_than_eight_bits_is_refused(exponent_bits: int, mantissa_bits: int, signed: bool) -> None:
     with pytest.raises(ValueError, match=r"wide has \d+: give it fewer exponent or mantissa bits") as error:
         Format(

@@ -1,0 +1,389 @@
+"""Training and testing one PyTorch model on a `Dataset`, so that a run repeats bit for bit.
+
+A run depends on its initial weights, its data and its `TrainConfig` alone; the global random state is seeded inside and
+put back afterwards.  The order of batches comes from `data.batches`, which every trainer of the lab shares.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import io
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import rich.console
+import rich.progress
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from octavo.lab import checkpoint
+from octavo.lab.data import Dataset, batches
+
+__all__ = [
+    "DivergenceError",
+    "History",
+    "Optimizer",
+    "Prepared",
+    "Progress",
+    "TrainConfig",
+    "evaluate",
+    "prepare",
+    "take_turns",
+    "train",
+]
+
+Forward = Callable[[], contextlib.AbstractContextManager[object]]
+"""Makes the context that a forward pass runs in: `torch.autocast(...)`, `octavo.torch.autocast(...)` or nothing."""
+
+_MEAN, _STD = 0.1307, 0.3081
+_TEST_BATCH = 1000
+_REFRESH_SECONDS = 0.2
+_UNTIMED_ROUNDS = 3
+_TURNS_SECONDS = 2.0
+
+
+class DivergenceError(ValueError):
+    """Training met NaN or Inf and stopped; the message names the step and the first bad tensor."""
+
+
+class Optimizer(enum.Enum):
+    """Which rule updates the weights."""
+
+    SGD = "sgd"
+    """Plain stochastic gradient descent."""
+    ADADELTA = "adadelta"
+    """Adadelta, as the reference CNN script trains."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Everything that decides a run, apart from the model and the data.
+
+    `steps`, where given, ends the run after that many steps in all, even within an epoch.  The learning rate of epoch e
+    (from 0) is `lr * gamma**e`.  An epoch's last, smaller batch is left out.
+    """
+
+    optimizer: Optimizer
+    lr: float
+    batch_size: int
+    epochs: int
+    gamma: float = 1.0
+    steps: int | None = None
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "epochs", "steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}; give a positive whole number")
+        for name in ("lr", "gamma"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be a positive finite number, got {value}; try 0.1")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be in 0 ... 2**63 - 1, got {self.seed}; try 1")
+
+    def epoch_steps(self, samples: int) -> tuple[int, ...]:
+        """How many steps each epoch takes over `samples` training samples; `steps` may cut the last epoch short."""
+        whole = samples // self.batch_size
+        if whole == 0:
+            raise ValueError(
+                f"batch_size {self.batch_size} exceeds the {samples} training samples; use at most {samples}"
+            )
+        total = min(whole * self.epochs, self.steps or whole * self.epochs)
+        return tuple(min(whole, total - start) for start in range(0, total, whole))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """A `Dataset` as the tensors that training reads: inputs float32 [N, 1, 28, 28] normalised, labels int64 [N]."""
+
+    train_inputs: torch.Tensor
+    train_labels: torch.Tensor
+    test_inputs: torch.Tensor
+    test_labels: torch.Tensor
+
+
+def prepare(dataset: Dataset) -> Prepared:
+    """Normalises the whole data set once, so that a training step only gathers rows."""
+
+    def inputs(images: Any) -> torch.Tensor:
+        pixels = torch.from_numpy(images.copy()).to(torch.float32)
+        return pixels.div_(255).sub_(_MEAN).div_(_STD).unsqueeze(1)
+
+    return Prepared(
+        train_inputs=inputs(dataset.train_images),
+        train_labels=torch.from_numpy(dataset.train_labels.astype("int64")),
+        test_inputs=inputs(dataset.test_images),
+        test_labels=torch.from_numpy(dataset.test_labels.astype("int64")),
+    )
+
+
+@dataclass(kw_only=True, slots=True)
+class History:
+    """What a run recorded so far.
+
+    losses: training loss of each step.  epochs: (steps, seconds) of each epoch, training alone, on a monotonic clock.
+    test_losses, accuracies: of each epoch's end; accuracy is a fraction.
+    """
+
+    steps_per_epoch: int
+    losses: list[float] = field(default_factory=list)
+    epochs: list[tuple[int, float]] = field(default_factory=list)
+    test_losses: list[float] = field(default_factory=list)
+    accuracies: list[float] = field(default_factory=list)
+
+    @property
+    def final_loss(self) -> float:
+        """The mean training loss over the last tenth of the last epoch's steps (one step at least)."""
+        return statistics.fmean(self.losses[-math.ceil(self.epochs[-1][0] / 10) :])
+
+    @property
+    def seconds_per_epoch(self) -> float:
+        """The median over the epochs; an epoch cut short counts at its seconds a step times a whole epoch's steps."""
+        return statistics.median(seconds / steps * self.steps_per_epoch for steps, seconds in self.epochs)
+
+
+class Progress(contextlib.AbstractContextManager["Progress"]):
+    """One line on a terminal (loss, accuracy of the newest batch, images/s, time left); silent anywhere else."""
+
+    def __init__(self, label: str, *, steps: int, console: rich.console.Console | None = None) -> None:
+        console = console or rich.console.Console(stderr=True)
+        self._bar = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description:<16}"),
+            rich.progress.BarColumn(bar_width=24),
+            rich.progress.TextColumn("{task.fields[text]}"),
+            rich.progress.TimeRemainingColumn(compact=True),
+            console=console,
+            auto_refresh=False,
+            disable=not console.file.isatty(),
+        )
+        self._task = self._bar.add_task(label, total=steps, text="")
+        self._started = self._drawn = time.perf_counter()
+        self._steps = 0
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        self._started = time.perf_counter()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._bar.disable:
+            self._bar.update(self._task, completed=self._steps, refresh=True)
+        self._bar.stop()
+
+    def step(self, loss: float, log_probs: torch.Tensor, labels: torch.Tensor) -> None:
+        """Counts one step, and redraws the line where the last drawing is old enough."""
+        self._steps += 1
+        now = time.perf_counter()
+        if self._bar.disable or now - self._drawn < _REFRESH_SECONDS:
+            return
+        self._drawn = now
+        accuracy = (log_probs.detach().argmax(1) == labels).float().mean().item()
+        speed = self._steps * len(labels) / (now - self._started)
+        text = f"loss {loss:7.4f}  accuracy {accuracy:6.1%}  {speed:8,.0f} images/s"
+        self._bar.update(self._task, completed=self._steps, text=text, refresh=True)
+
+
+def evaluate(
+    model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor, *, forward: Forward = contextlib.nullcontext
+) -> tuple[float, float]:
+    """The mean loss and the accuracy (a fraction) of `model` in eval mode; nothing of it changes.
+
+    inputs: [N, 1, 28, 28].  labels: [N].  Raises `ValueError` where N is 0.
+    """
+    if len(labels) == 0:
+        raise ValueError("there is nothing to test: the batch of inputs is empty; give at least one")
+    was_training = model.training
+    model.eval()
+    loss, correct = 0.0, 0
+    try:
+        with torch.no_grad():
+            for x, y in zip(torch.split(inputs, _TEST_BATCH), torch.split(labels, _TEST_BATCH), strict=True):
+                with forward():
+                    log_probs = model(x).float()
+                loss += F.nll_loss(log_probs, y, reduction="sum").item()
+                correct += int((log_probs.argmax(1) == y).sum())
+    finally:
+        model.train(was_training)
+    return loss / len(labels), correct / len(labels)
+
+
+def train(
+    model: nn.Module,
+    data: Prepared,
+    config: TrainConfig,
+    *,
+    forward: Forward = contextlib.nullcontext,
+    progress: Progress | None = None,
+    checkpoint_path: Path | None = None,
+    header: Mapping[str, Any] | None = None,
+) -> History:
+    """Trains `model` in place and tests it after each epoch.
+
+    Where `checkpoint_path` is given, the model is saved there after each epoch, with `header`, the epoch and the step.
+
+    Raises:
+        DivergenceError: the input, the loss, a parameter or a gradient is NaN or Inf.  All but the parameters are met
+            before an update, so the weights stay those of the step before; no checkpoint is written of bad ones.
+    """
+    plan = config.epoch_steps(len(data.train_labels))
+    history = History(steps_per_epoch=len(data.train_labels) // config.batch_size)
+    run = _Run(
+        model=model,
+        optimizer=_optimizer(model, config),
+        data=data,
+        bad_rows=_bad_rows(data.train_inputs),
+        forward=forward,
+        history=history,
+        progress=progress or Progress("training", steps=sum(plan)),
+    )
+    with torch.random.fork_rng(devices=[]), run.progress:
+        torch.manual_seed(config.seed)
+        _require_finite(_parameters(model), step=1)
+        for epoch, steps in enumerate(plan):
+            run.epoch(config, epoch=epoch, steps=steps)
+            _require_finite(_parameters(model), step=len(history.losses))
+            test_loss, accuracy = evaluate(model, data.test_inputs, data.test_labels, forward=forward)
+            if not math.isfinite(test_loss):
+                step = len(history.losses)
+                raise DivergenceError(f"training stopped at step {step}: the test loss is {test_loss}; lower --lr")
+            history.test_losses.append(test_loss)
+            history.accuracies.append(accuracy)
+            if checkpoint_path is not None:
+                place = {"epoch": epoch + 1, "step": len(history.losses)}
+                checkpoint.save(checkpoint_path, model.state_dict(), header={**(header or {}), **place})
+    return history
+
+
+def take_turns(
+    contenders: Sequence[tuple[nn.Module, Forward]], data: Prepared, config: TrainConfig, *, rounds: int
+) -> list[float]:
+    """The median seconds of one training step of each contender, a model and the context of its forward pass.
+
+    They step in turns on the same batches, so that a busy machine slows all alike; the models are trained on the way.
+    The first rounds, in which kernels are compiled, do not count; after `_TURNS_SECONDS` of others it ends early.
+    """
+    runs = [
+        _Run(
+            model=model.train(),
+            optimizer=_optimizer(model, config),
+            data=data,
+            bad_rows=None,
+            forward=forward,
+            history=History(steps_per_epoch=rounds),
+            progress=Progress("", steps=rounds, console=rich.console.Console(file=io.StringIO())),
+        )
+        for model, forward in contenders
+    ]
+    samples = len(data.train_labels)
+    orders = (batches(samples, config.batch_size, epoch=epoch, seed=config.seed) for epoch in itertools.count())
+    untimed = min(_UNTIMED_ROUNDS, rounds - 1)
+    seconds: list[list[float]] = [[] for _ in runs]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        for turn, index in zip(range(rounds), itertools.chain.from_iterable(orders), strict=False):
+            for run, taken in zip(runs, seconds, strict=True):
+                start = time.perf_counter()
+                run.step(torch.from_numpy(index))
+                if turn >= untimed:
+                    taken.append(time.perf_counter() - start)
+            if sum(map(sum, seconds)) > _TURNS_SECONDS:
+                break
+    return [statistics.median(taken) for taken in seconds]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Run:
+    """What one run's steps share.  bad_rows: bool [N], the training samples that hold NaN or Inf, or None for none."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    data: Prepared
+    bad_rows: torch.Tensor | None
+    forward: Forward
+    history: History
+    progress: Progress
+
+    def epoch(self, config: TrainConfig, *, epoch: int, steps: int) -> None:
+        """Takes the first `steps` steps of an epoch and records their time."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.lr * config.gamma**epoch
+        self.model.train()
+        order = batches(len(self.data.train_labels), config.batch_size, epoch=epoch, seed=config.seed)
+        start = time.perf_counter()
+        for _, index in zip(range(steps), order, strict=False):
+            self.step(torch.from_numpy(index))
+        self.history.epochs.append((steps, time.perf_counter() - start))
+
+    def step(self, index: torch.Tensor) -> None:
+        """One update on the samples `index`: int64 [batch]."""
+        number = len(self.history.losses) + 1
+        x, y = self.data.train_inputs[index], self.data.train_labels[index]
+        if self.bad_rows is not None and bool(self.bad_rows[index].any()):
+            _require_finite([("the input", x)], step=number)
+        self.optimizer.zero_grad()
+        with self.forward():
+            log_probs = self.model(x)
+        loss = F.nll_loss(log_probs.float(), y)
+        value = loss.item()
+        if not math.isfinite(value):
+            _require_finite([*_parameters(self.model), ("the output", log_probs), ("the loss", loss)], step=number)
+        loss.backward()
+        # One sum a gradient, 12 us of the MLP's 1 ms step; where good values overflow it, the exact check finds none.
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        if not math.isfinite(sum(gradient.sum().item() for gradient in gradients)):
+            _require_finite([*_parameters(self.model), *_gradients(self.model)], step=number)
+        self.optimizer.step()
+        self.history.losses.append(value)
+        self.progress.step(value, log_probs, y)
+
+
+def _bad_rows(inputs: torch.Tensor) -> torch.Tensor | None:
+    """Found once and not from the loss, because a saturating cast turns an Inf pixel into a number."""
+    if all(bool(torch.isfinite(bound)) for bound in inputs.aminmax()):
+        return None
+    return ~torch.isfinite(inputs.flatten(1)).all(1)
+
+
+def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    match config.optimizer:
+        case Optimizer.SGD:
+            return torch.optim.SGD(model.parameters(), lr=config.lr)
+        case Optimizer.ADADELTA:
+            return torch.optim.Adadelta(model.parameters(), lr=config.lr)
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, parameter in model.named_parameters():
+        yield f"parameter {name!r}", parameter
+
+
+def _gradients(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            yield f"the gradient of {name!r}", parameter.grad
+
+
+def _require_finite(named: Iterable[tuple[str, torch.Tensor]], *, step: int) -> None:
+    """Raises `DivergenceError` for the first tensor that holds NaN or Inf."""
+    for name, tensor in named:
+        bad = ~torch.isfinite(tensor.detach())
+        count = int(bad.sum())
+        if count:
+            kind = "NaN" if bool(torch.isnan(tensor.detach()).any()) else "Inf"
+            raise DivergenceError(
+                f"training stopped at step {step}: {name} holds {kind} ({count} of {tensor.numel()} elements);"
+                " lower the learning rate (--lr) or look at the data"
+            )
