@@ -49,7 +49,9 @@ def assert_same(values: npt.ArrayLike, expected: npt.ArrayLike, inputs: npt.Arra
 
 def special_value(format: Format) -> float:
     """What lies beyond the largest finite value of the format, by its kind of specials."""
-    return {Specials.IEEE: INF, Specials.NAN_ONLY: NAN, Specials.UNSIGNED_ZERO: NAN, Specials.FINITE: format.max}[format.specials]
+    return {Specials.IEEE: INF, Specials.NAN_ONLY: NAN, Specials.UNSIGNED_ZERO: NAN, Specials.FINITE: format.max}[
+        format.specials
+    ]
 
 
 @functools.cache
@@ -141,7 +143,9 @@ def test_representable_values_never_move(format: Format, rounding: Rounding) -> 
     values = table(format)
     codes = np.flatnonzero(np.isfinite(values)).astype(np.uint8)
     for seed in range(20):
-        again = reference.encode(values[codes], format, rounding=rounding, overflow=Overflow.NONE, seed=seed, offset=977 * seed)
+        again = reference.encode(
+            values[codes], format, rounding=rounding, overflow=Overflow.NONE, seed=seed, offset=977 * seed
+        )
         assert_same(values[again], values[codes], values[codes])
 
 
@@ -159,7 +163,9 @@ def test_representable_values_never_move(format: Format, rounding: Rounding) -> 
         ("float8_e8m0fnu", math.nextafter(1.5 * 2.0**127, 0), 1.5 * 2.0**127),
     ],
 )
-def test_nearest_even_leaves_the_finite_range_at_the_documented_place(name: str, largest_kept: float, first_over: float) -> None:
+def test_nearest_even_leaves_the_finite_range_at_the_documented_place(
+    name: str, largest_kept: float, first_over: float
+) -> None:
     format = FORMATS[name]
     x = np.array([largest_kept, first_over])
     assert_same(cast(x, format, NEAREST_EVEN, Overflow.NONE), [format.max, special_value(format)], x)
@@ -186,7 +192,9 @@ PUBLISHED = [
 ]
 
 
-@pytest.mark.parametrize(("format", "x", "torch", "ml", "cuda"), PUBLISHED, ids=[f"{row[0].name}-{row[1]!r}" for row in PUBLISHED])
+@pytest.mark.parametrize(
+    ("format", "x", "torch", "ml", "cuda"), PUBLISHED, ids=[f"{row[0].name}-{row[1]!r}" for row in PUBLISHED]
+)
 def test_other_libraries_results_come_of_their_overflow_policy(
     format: Format, x: float, torch: float, ml: float, cuda: float
 ) -> None:
@@ -228,7 +236,9 @@ def test_e8m0_takes_negatives_as_nan_and_zero_as_its_smallest_value_unless_nothi
 
 
 def test_nan_is_refused_by_the_formats_without_one() -> None:
-    with pytest.raises(ValueError, match="float4_e2m1fn has no NaN, but the input holds one; replace it first") as error:
+    with pytest.raises(
+        ValueError, match="float4_e2m1fn has no NaN, but the input holds one; replace it first"
+    ) as error:
         reference.encode(np.array([1.0, NAN]), E2M1FN)
     assert "\n" not in str(error.value)
 
@@ -292,7 +302,10 @@ def test_stochastic_rounding_of_given_bits_is_that_of_gfloat(format: Format, dty
         assert_same(table(format)[codes], expected, x)
 
 
-BINADES = [(0.0, E4M3FN.tiny), *((2.0**exponent, 2.0 ** (exponent + 1)) for exponent in range(E4M3FN.emin, E4M3FN.emax))]
+BINADES = [
+    (0.0, E4M3FN.tiny),
+    *((2.0**exponent, 2.0 ** (exponent + 1)) for exponent in range(E4M3FN.emin, E4M3FN.emax)),
+]
 
 
 @pytest.mark.parametrize(("low", "high"), BINADES)
@@ -317,6 +330,17 @@ def test_stochastic_rounding_goes_up_as_often_as_the_fraction_says(base: float, 
     assert set(np.unique(values)) == {np.float32(base), np.float32(base + gap)}
     ups = int((values > base).sum())
     assert abs(ups - count * fraction) < 4 * math.sqrt(count * fraction * (1 - fraction))
+
+
+def test_stochastic_rounding_goes_up_from_the_very_fraction_that_carries() -> None:
+    draws = random_bits(21, 0, 1000).astype(np.float64)
+    fraction = (2.0**32 - draws) / 2.0**32
+    for base in (0.0, 16.0):
+        gap = max(base, E4M3FN.tiny) * E4M3FN.eps
+        up = reference.encode(base + fraction * gap, E4M3FN, rounding=STOCHASTIC, seed=21)
+        stay = reference.encode(base + (fraction - 2.0**-32) * gap, E4M3FN, rounding=STOCHASTIC, seed=21)
+        assert np.all(table(E4M3FN)[up] == base + gap)
+        assert np.all(table(E4M3FN)[stay] == base)
 
 
 def test_stochastic_rounding_needs_a_seed_and_repeats_with_it() -> None:

@@ -69,14 +69,15 @@ def quantize(
     Product and quotient are float32 (float64 for a float64 x); the quotient is rounded to x's dtype.  scale: positive and finite.
     The rest as in `encode`.  Not differentiable: the result carries no gradient.
     """
-    scale = float(scale)
-    if not (0 < scale < math.inf):
-        raise ValueError(f"a scale is positive and finite; got {scale}")
     library = library_of(x)
     source = library.contiguous(x)
+    with np.errstate(over="ignore", under="ignore"):
+        used = float(scale if str(source.dtype).endswith("float64") else np.float32(scale))
+    if not (0 < used < math.inf):
+        raise ValueError(f"a scale is positive and finite (in float32, unless x is float64); got {scale}")
     result = library.empty_like(source, None)
     modes: dict[str, Any] = {"rounding": rounding, "overflow": overflow, "seed": seed, "offset": offset}
-    _cast(library, source, result, format, scale=scale, divisor=scale, **modes)
+    _cast(library, source, result, format, scale=used, divisor=used, **modes)
     return result  # type: ignore[no-any-return]
 
 

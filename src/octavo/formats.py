@@ -93,7 +93,7 @@ class Format:
 
     @property
     def emin(self) -> int:
-        """The exponent of `tiny`, below which the grid no longer gets finer."""
+        """The exponent of the smallest normal value with exponent field 1, below which the grid no longer gets finer."""
         return 1 - self.bias
 
     @property

@@ -47,14 +47,17 @@ def encode(
     offset: int = 0,
 ) -> npt.NDArray[np.uint8]:
     """The codes of `x`, uint8 of its shape; see `octavo.encode` for the contract."""
-    value = np.asarray(x).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # a signalling NaN
+        value = np.asarray(x).astype(np.float64)
     if np.isnan(value).any() and format.nan_code is None:
         raise reject_nan(format)
     finite = np.isfinite(value)
     magnitude = np.abs(np.where(finite, value, 0.0))
 
     exponent = np.where(magnitude > 0, np.frexp(magnitude)[1] - 1, format.emin)  # frexp's mantissa is in [0.5, 1)
-    exponent = np.maximum(exponent, format.emin)
+    # E8M0 ends at its code 0, 2**-127; to nearest even it rounds as torch and ml_dtypes do, as if even steps led from 2**-126 to 0.
+    lowest = format.emin if format.signed or rounding is Rounding.NEAREST_EVEN else format.emin - 1
+    exponent = np.maximum(exponent, lowest)
     in_ulps = np.ldexp(magnitude, format.mantissa_bits - exponent)
     whole = np.floor(in_ulps)
     fraction = in_ulps - whole
@@ -73,6 +76,7 @@ def encode(
 
     # A mantissa that carries into 2**(M + 1) is the next binade's first code: the sum below needs no special case.
     code = np.ldexp((exponent - format.emin).astype(np.float64), format.mantissa_bits) + whole + up
+    code = np.maximum(code, 0)
     finite_overflow, infinite = overflow_codes(format, overflow)
     over = format.max_code if rounding is Rounding.TOWARD_ZERO else finite_overflow
     code = np.where(code > format.max_code, over, code)

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import numpy as np
+
 from octavo.names import nearest
 
 __all__ = ["AmaxAlgorithm", "Current", "Delayed", "Scaling", "Unscaled", "amax_scale", "roll_history"]
@@ -100,7 +102,8 @@ def amax_scale(amax: Array, maximum: float, scaling: Current) -> Array:
     floor = xp.full_like(amax, scaling.epsilon)
     amax = xp.where(amax < floor, floor, amax)
     usable = (amax > 0) & xp.isfinite(amax)
-    scale = xp.full_like(amax, maximum) / xp.where(usable, amax, one)
+    with np.errstate(over="ignore"):
+        scale = xp.full_like(amax, maximum) / xp.where(usable, amax, one)
     scale = xp.where(xp.isfinite(scale), scale, largest)
     if scaling.power_of_two:
         scale = (scale.view(xp.int32) & _EXPONENT_MASK).view(xp.float32)
@@ -129,6 +132,7 @@ def roll_history(history: Array, scale: Array, maximum: Array, scaling: Delayed)
         seen = xp.ones_like(last) != 0
         peak = scaling.algorithm(history)
     usable = seen & (peak > 0) & xp.isfinite(peak)
-    ratio = maximum * 2.0**-scaling.margin / xp.where(usable, peak, xp.ones_like(peak))
+    with np.errstate(over="ignore"):
+        ratio = maximum * 2.0**-scaling.margin / xp.where(usable, peak, xp.ones_like(peak))
     ratio = xp.where(xp.isfinite(ratio), ratio, xp.full_like(ratio, FLOAT32_MAX))
     return xp.where(seen, rolled, history), xp.where(usable, ratio, scale)

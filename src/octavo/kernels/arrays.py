@@ -52,7 +52,7 @@ class Library:
 
 def _numpy() -> Library:
     return Library(
-        contiguous=np.ascontiguousarray,
+        contiguous=lambda x: np.asarray(x, order="C"),
         empty_like=lambda x, kind: np.empty(
             x.shape, x.dtype if kind is None else kind.name.lower().replace("codes", "uint8")
         ),
@@ -69,12 +69,14 @@ def _torch() -> Library:
     def contiguous(x: Any) -> Any:
         if x.device.type != "cpu":
             raise ValueError(f"these casts run on the CPU, and the tensor is on {x.device}; move it first (x.cpu())")
-        return x.detach().contiguous()
+        return x.detach().resolve_neg().contiguous()
 
     return Library(
         contiguous=contiguous,
         empty_like=lambda x, kind: torch.empty(
-            x.shape, dtype=x.dtype if kind is None else getattr(torch, kind.name.lower().replace("codes", "uint8"))
+            x.shape,
+            dtype=x.dtype if kind is None else getattr(torch, kind.name.lower().replace("codes", "uint8")),
+            device="cpu",
         ),
         address=lambda x: int(x.data_ptr()),
         size=lambda x: int(x.numel()),

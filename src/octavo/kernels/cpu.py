@@ -65,8 +65,8 @@ def cast(
         scale,
         divisor,
         _MODES[rounding],
-        _checked(seed),
-        offset,
+        _counter("seed", seed or 0, 1 << 64),
+        _counter("offset", offset, (1 << 63) - source.size),
         *_format_slots(format, overflow, rounding),
         wide=wide,
     )
@@ -122,11 +122,10 @@ def _run(kernel: Any, *slots: Any, wide: bool) -> float:
     return float(struct.unpack_from("<d" if wide else "<f", arguments, 8 * Slot.AMAX)[0])
 
 
-def _checked(seed: int | None) -> int:
-    seed = seed or 0
-    if not 0 <= seed < 1 << 64:
-        raise ValueError(f"a seed is an integer from 0 to 2**64 - 1; got {seed}")
-    return seed
+def _counter(name: str, value: int, end: int) -> int:
+    if not isinstance(value, (int, np.integer)) or not 0 <= value < end:
+        raise ValueError(f"{name} is an integer from 0 to {end - 1}; got {value!r}")
+    return int(value)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

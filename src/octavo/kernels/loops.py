@@ -302,7 +302,8 @@ def _code_of(value, p, draw):
     code = p[INF_BECOMES]
     if not np.isinf(value):
         magnitude = min(magnitude, 2.0**200)
-        exponent = max((_bits64(magnitude) >> 52) - 1023, 1 - p[BIAS])
+        lowest = np.int64(0 if signed or p[ROUNDING] == NEAREST_EVEN else 1)  # as in the reference
+        exponent = max((_bits64(magnitude) >> 52) - 1023, 1 - p[BIAS] - lowest)
         in_ulps = magnitude * _real64((1023 + m - exponent) << 52)
         whole = np.floor(in_ulps)
         fraction = in_ulps - whole
@@ -313,7 +314,7 @@ def _code_of(value, p, draw):
             up = fraction >= 0.5
         elif p[ROUNDING] == STOCHASTIC:
             up = np.int64(fraction * 4294967296.0) + draw >= 1 << 32
-        code = np.int64(whole) + np.int64(up) + ((exponent - 1 + p[BIAS]) << m)
+        code = max(np.int64(whole) + np.int64(up) + ((exponent - 1 + p[BIAS]) << m), 0)
         code = p[OVERFLOW_CODE] if code > p[MAX_CODE] else code
     if negative and code != nan and (p[NEGATIVE_ZERO] or code != 0):
         code |= p[SIGN_MASK]
