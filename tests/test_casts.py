@@ -348,7 +348,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: octavo.quantize(torch.ones(3), E4M3FN, **STOCHASTIC),
         "none was given; pass seed=0, say",
     ),
-    "negative seed": (lambda: octavo.encode(ONES, E4M3FN, seed=-1, **STOCHASTIC), "seed is an integer from 0 to 18446744073709551615; got -1"),
+    "negative seed": (
+        lambda: octavo.encode(ONES, E4M3FN, seed=-1, **STOCHASTIC),
+        "seed is an integer from 0 to 18446744073709551615; got -1",
+    ),
     "large seed": (
         lambda: octavo.encode(ONES, E4M3FN, seed=1 << 64, **STOCHASTIC),
         "got 18446744073709551616",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -92,6 +93,11 @@ def _namespace(x: Array) -> Any:
     return sys.modules["jax.numpy" if root in ("jax", "jaxlib") else "torch" if root == "torch" else "numpy"]
 
 
+def _quiet(xp: Any) -> AbstractContextManager[Any]:
+    """Overflow is meant where it happens below; only NumPy would warn of it."""
+    return np.errstate(over="ignore") if xp is np else nullcontext()
+
+
 def amax_scale(amax: Array, maximum: float, scaling: Current) -> Array:
     """The scale of current scaling for each `amax`.
 
@@ -102,7 +108,7 @@ def amax_scale(amax: Array, maximum: float, scaling: Current) -> Array:
     floor = xp.full_like(amax, scaling.epsilon)
     amax = xp.where(amax < floor, floor, amax)
     usable = (amax > 0) & xp.isfinite(amax)
-    with np.errstate(over="ignore"):
+    with _quiet(xp):
         scale = xp.full_like(amax, maximum) / xp.where(usable, amax, one)
     scale = xp.where(xp.isfinite(scale), scale, largest)
     if scaling.power_of_two:
@@ -132,7 +138,7 @@ def roll_history(history: Array, scale: Array, maximum: Array, scaling: Delayed)
         seen = xp.ones_like(last) != 0
         peak = scaling.algorithm(history)
     usable = seen & (peak > 0) & xp.isfinite(peak)
-    with np.errstate(over="ignore"):
+    with _quiet(xp):
         ratio = maximum * 2.0**-scaling.margin / xp.where(usable, peak, xp.ones_like(peak))
     ratio = xp.where(xp.isfinite(ratio), ratio, xp.full_like(ratio, FLOAT32_MAX))
     return xp.where(seen, rolled, history), xp.where(usable, ratio, scale)

@@ -169,9 +169,9 @@ def test_epochs_follow_from_what_is_given(given: dict[str, int], samples: int, e
 
 def test_each_model_trains_as_its_reference_does() -> None:
     cnn = CompareConfig(model=ModelName.CNN).training(60_000)
-    assert (cnn.optimizer, cnn.lr, cnn.gamma, cnn.batch_size, cnn.epochs) == (Optimizer.ADADELTA, 1.0, 0.7, 64, 1)
+    assert (cnn.optimizer, cnn.lr, cnn.last_lr, cnn.batch_size, cnn.epochs) == (Optimizer.ADADELTA, 1.0, 0.01, 64, 1)
     mlp = CompareConfig(model=ModelName.MLP).training(60_000)
-    assert (mlp.optimizer, mlp.lr, mlp.gamma, mlp.batch_size) == (Optimizer.SGD, 0.1, 1.0, 128)
+    assert (mlp.optimizer, mlp.lr, mlp.last_lr, mlp.batch_size) == (Optimizer.SGD, 0.1, 1.0, 128)
     assert CompareConfig(lr=0.5).training(60_000).lr == 0.5
 
 

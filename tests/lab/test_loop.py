@@ -20,7 +20,7 @@ from octavo.lab.models import ModelName, build, initial_weights
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 MLP = TrainConfig(optimizer=Optimizer.SGD, lr=0.1, batch_size=64, epochs=1, steps=4)
-CNN = TrainConfig(optimizer=Optimizer.ADADELTA, lr=1.0, gamma=0.7, batch_size=32, epochs=1, steps=3)
+CNN = TrainConfig(optimizer=Optimizer.ADADELTA, lr=1.0, last_lr=0.01, batch_size=32, epochs=1, steps=3)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_epoch_steps_counts_whole_batches_and_stops_at_steps(
         ("batch_size", 0, "batch_size must be at least 1, got 0"),
         ("lr", float("nan"), "lr must be a positive finite number, got nan"),
         ("lr", 0.0, "lr must be a positive finite number"),
-        ("gamma", float("inf"), "gamma must be a positive finite number"),
+        ("last_lr", float("inf"), "last_lr must be a positive finite number"),
         ("seed", -1, "seed must be in 0"),
     ],
 )

@@ -16,7 +16,7 @@ from octavo.kernels.loops import CHUNK, Kind, Slot
 from octavo.reference import overflow_codes, reject_nan
 from octavo.rounding import Overflow, Rounding
 
-__all__ = ["Buffer", "Kind", "amax", "cast", "gather_amax", "roll_history"]
+__all__ = ["Buffer", "Caster", "Kind", "amax", "cast", "caster", "gather_amax", "roll_history"]
 
 SERIAL = 4 * CHUNK
 """Below this many elements waking a second thread costs more than it saves."""
@@ -30,6 +30,39 @@ class Buffer(NamedTuple):
     address: int
     kind: Kind
     size: int
+
+
+class Caster:
+    """A cast to one format under one rounding and one overflow policy, ready to be called often: see `cast`."""
+
+    __slots__ = ("_kernels", "_mode", "_slots", "format")
+
+    def __init__(self, format: Format, rounding: Rounding, overflow: Overflow) -> None:
+        self.format = format
+        self._mode = _MODES[rounding]
+        self._kernels = loops.cast32.ctypes, loops.cast64.ctypes
+        self._slots = _LAYOUT.pack(*(0,) * Slot.MANTISSA_BITS, *_format_slots(format, overflow, rounding))
+
+    def __call__(
+        self, source: Buffer, target: Buffer, scale: float = 1.0, divisor: float = 1.0, seed: int = 0, offset: int = 0
+    ) -> float:
+        """The amax of the source.  The seed is not checked to be there, nor either counter to be in range."""
+        address, kind, size = source
+        wide = kind is Kind.FLOAT64 or not self.format.signed
+        arguments = _Arguments.from_buffer_copy(self._slots)
+        _HEAD.pack_into(
+            arguments, 0, address, target[0], size, kind, target[1], 0, 0, scale, divisor, self._mode, seed, offset
+        )
+        peak = _run(self._kernels[wide], arguments, size, wide)
+        if peak != peak and self.format.nan_code is None:
+            raise reject_nan(self.format)
+        return peak
+
+
+@functools.lru_cache(maxsize=256)
+def caster(format: Format, rounding: Rounding, overflow: Overflow) -> Caster:
+    """The one `Caster` of that format and those modes."""
+    return Caster(format, rounding, overflow)
 
 
 def cast(
@@ -52,33 +85,16 @@ def cast(
     """
     if rounding is Rounding.STOCHASTIC and seed is None:
         raise ValueError("stochastic rounding draws from a seed, and none was given; pass seed=0, say")
-    wide = source.kind is Kind.FLOAT64 or not format.signed
-    peak = _run(
-        loops.cast64 if wide else loops.cast32,
-        source.address,
-        target.address,
-        source.size,
-        source.kind,
-        target.kind,
-        0,
-        0,
-        scale,
-        divisor,
-        _MODES[rounding],
-        _counter("seed", seed or 0, 1 << 64),
-        _counter("offset", offset, (1 << 63) - source.size),
-        *_format_slots(format, overflow, rounding),
-        wide=wide,
-    )
-    if peak != peak and format.nan_code is None:
-        raise reject_nan(format)
-    return peak
+    seed = _counter("seed", seed or 0, 1 << 64)
+    offset = _counter("offset", offset, (1 << 63) - source.size)
+    return caster(format, rounding, overflow)(source, target, scale, divisor, seed, offset)
 
 
 def amax(source: Buffer) -> float:
     """The largest magnitude in `source`: 0 of an empty one, NaN if it holds one."""
-    rest = (0,) * (len(Slot) - Slot.TARGET_KIND)
-    return _run(loops.amax, source.address, 0, source.size, source.kind, *rest, wide=source.kind is Kind.FLOAT64)
+    arguments = _Arguments()
+    _HEAD.pack_into(arguments, 0, source.address, 0, source.size, source.kind, *(0,) * 8)
+    return _run(loops.amax.ctypes, arguments, source.size, source.kind is Kind.FLOAT64)
 
 
 @functools.lru_cache(maxsize=256)
@@ -109,16 +125,16 @@ def _format_slots(format: Format, overflow: Overflow, rounding: Rounding) -> tup
     )
 
 
-_LAYOUT = struct.Struct(f"<{Slot.SCALE}q2d{Slot.SEED - Slot.ROUNDING}qQ{len(Slot) - Slot.OFFSET}q")
-"""The slots as the kernels read them: 64-bit integers, but float64 for SCALE and DIVISOR."""
+_HEAD = struct.Struct(f"<{Slot.SCALE}q2d{Slot.SEED - Slot.ROUNDING}qQq")
+"""The slots that each call sets, as the kernels read them: 64-bit integers, but float64 for SCALE and DIVISOR."""
+_LAYOUT = struct.Struct(f"{_HEAD.format}{len(Slot) - Slot.MANTISSA_BITS}q")
+"""All slots."""
+_Arguments: Any = ctypes.c_char * _LAYOUT.size
 
 
-def _run(kernel: Any, *slots: Any, wide: bool) -> float:
+def _run(kernel: Any, arguments: Any, size: int, wide: bool) -> float:
     """Call a kernel on as many threads as its size is worth, and return the amax that it found."""
-    arguments = ctypes.create_string_buffer(_LAYOUT.size)
-    _LAYOUT.pack_into(arguments, 0, *slots)
-    workers = min(threads.count(), slots[Slot.SIZE] // SERIAL + 1)
-    threads.run(kernel.ctypes, ctypes.addressof(arguments), workers)
+    threads.run(kernel, ctypes.addressof(arguments), 1 if size < SERIAL else min(threads.count(), size // SERIAL + 1))
     return float(struct.unpack_from("<d" if wide else "<f", arguments, 8 * Slot.AMAX)[0])
 
 
@@ -129,11 +145,10 @@ def _counter(name: str, value: int, end: int) -> int:
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def gather_amax(history: Any, facts: Any) -> None:
-    """Raise row 0 of `history`, float32 [steps, tensors], to the last entries of `facts`, float32, where they are larger or NaN."""
-    tensors = history.shape[1]
-    for t in range(tensors):
-        amax = facts[len(facts) - tensors + t]
+def gather_amax(history: Any, amaxes: Any) -> None:
+    """Raise row 0 of `history`, float32 [steps, tensors], to `amaxes`, one a tensor, where they are larger or NaN."""
+    for t in range(history.shape[1]):
+        amax = np.float32(amaxes[t])
         if amax > history[0, t] or np.isnan(amax):
             history[0, t] = amax
 

@@ -68,15 +68,15 @@ class Optimizer(enum.Enum):
 class TrainConfig:
     """Everything that decides a run, apart from the model and the data.
 
-    `steps`, where given, ends the run after that many steps in all, even within an epoch.  The learning rate of epoch e
-    (from 0) is `lr * gamma**e`.  An epoch's last, smaller batch is left out.
+    `steps`, where given, ends the run after that many steps in all, even within an epoch.  The learning rate falls in a
+    straight line over the run, from `lr` towards `lr * last_lr`.  An epoch's last, smaller batch is left out.
     """
 
     optimizer: Optimizer
     lr: float
     batch_size: int
     epochs: int
-    gamma: float = 1.0
+    last_lr: float = 1.0
     steps: int | None = None
     seed: int = 1
 
@@ -85,7 +85,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}; give a positive whole number")
-        for name in ("lr", "gamma"):
+        for name in ("lr", "last_lr"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be a positive finite number, got {value}; try 0.1")
@@ -318,12 +318,14 @@ class _Run:
 
     def epoch(self, config: TrainConfig, *, epoch: int, steps: int) -> None:
         """Takes the first `steps` steps of an epoch and records their time."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.lr * config.gamma**epoch
         self.model.train()
+        total = sum(config.epoch_steps(len(self.data.train_labels)))
         order = batches(len(self.data.train_labels), config.batch_size, epoch=epoch, seed=config.seed)
         start = time.perf_counter()
         for _, index in zip(range(steps), order, strict=False):
+            done = len(self.history.losses) / total
+            for group in self.optimizer.param_groups:
+                group["lr"] = config.lr * (1 + (config.last_lr - 1) * done)
             self.step(torch.from_numpy(index))
         self.history.epochs.append((steps, time.perf_counter() - start))
 

@@ -91,11 +91,11 @@ class Linear(nn.Linear, ScaledLayer):
             _activation_dtype(input),
             self.training and delayed is not None,
         )
-        if is_first_microbatch:
+        if is_first_microbatch and operand is not None:
             self._kept_weight = operand.detach()
         learning = torch.is_grad_enabled() or (not compiling and context.inside_function())
         if delayed is not None and self.training and learning and not repeating:
-            self.gather_forward(facts)
+            self.gather_forward(facts[2:])
             if frame is None:
                 self.update_forward_in_place()
         return output if input.dim() == 2 else output.reshape(*input.shape[:-1], self.out_features)

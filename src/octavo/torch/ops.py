@@ -7,8 +7,10 @@ Shapes: T tokens, I input features, O output features.
 
 from __future__ import annotations
 
+import ctypes
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from octavo.kernels import cpu
 from octavo.recipes import Recipe, TensorSpec
-from octavo.scaling import Current, Delayed, Unscaled, amax_scale
+from octavo.scaling import Current, Delayed, amax_scale
 from octavo.torch import context
 from octavo.torch.gemm import matmul, operand_dtype
 from octavo.torch.state import gather
@@ -41,37 +43,87 @@ def _buffer(x: Tensor) -> cpu.Buffer:
     return cpu.Buffer(x.data_ptr(), _KINDS[x.dtype], x.numel())
 
 
-def _scale(x: Tensor, spec: TensorSpec, delayed: float) -> float:
-    """The scale to cast `x` by; `delayed` is the one that its history gives."""
-    match spec.scaling:
-        case Delayed():
-            return delayed
-        case Current():
-            amax = np.array([cpu.amax(_buffer(x))], np.float32)
-            return float(amax_scale(amax, spec.format.max, spec.scaling)[0])
-        case Unscaled():
-            return 1.0
+def _inverse(scale: float) -> float:
+    """1 / scale, rounded to float32, as the hardware holds it."""
+    return ctypes.c_float(1.0 / scale).value
 
 
-def _operand(x: Tensor, spec: TensorSpec | None, delayed: float) -> tuple[Tensor, float, float]:
-    """A GEMM operand: the values of x's codes, the factor that undoes its scale, and its amax (0 where none was taken)."""
-    x = x if x.is_contiguous() else x.contiguous()
-    if spec is None:
-        return x, 1.0, 0.0
-    scale = _scale(x, spec, delayed)
-    values = torch.empty(x.shape, dtype=operand_dtype())
-    amax = cpu.cast(
-        _buffer(x), _buffer(values), spec.format, scale=scale, rounding=spec.rounding, overflow=spec.overflow
-    )
-    return values, 1.0 / scale, amax
+class _Cast:
+    """A cell of the recipe's table, ready to cast tensors."""
+
+    __slots__ = ("_caster", "_current", "_delayed", "_maximum", "spec")
+
+    def __init__(self, spec: TensorSpec) -> None:
+        self.spec = spec
+        self._caster = cpu.caster(spec.format, spec.rounding, spec.overflow)
+        self._current = spec.scaling if isinstance(spec.scaling, Current) else None
+        self._delayed = isinstance(spec.scaling, Delayed)
+        self._maximum = spec.format.max
+
+    def __call__(self, x: Tensor, delayed: float) -> tuple[Tensor, float, float]:
+        """A GEMM operand: the values of x's codes, the factor that undoes its scale, and x's amax.
+
+        delayed: the scale that the tensor's history gives, where the recipe goes by it.
+        """
+        x = x if x.is_contiguous() else x.contiguous()
+        values = torch.empty(x.shape, dtype=operand_dtype())
+        source, scale = _buffer(x), delayed if self._delayed else 1.0
+        if self._current is not None:
+            amax = np.array([cpu.amax(source)], np.float32)
+            scale = float(amax_scale(amax, self._maximum, self._current)[0])
+        return values, _inverse(scale), self._caster(source, _buffer(values), scale)
 
 
-def _result(y: Tensor, spec: TensorSpec | None, delayed: float, dtype: torch.dtype) -> tuple[Tensor, float]:
+def _operand(x: Tensor, cast: _Cast | None, delayed: float) -> tuple[Tensor, float, float]:
+    """As `_Cast`; where there is none, x itself, the factor 1 and no amax."""
+    return (x.contiguous(), 1.0, 0.0) if cast is None else cast(x, delayed)
+
+
+def _result(y: Tensor, cast: _Cast | None, delayed: float, dtype: torch.dtype) -> tuple[Tensor, float]:
     """A GEMM result, cast and decoded where the recipe says so, and its amax."""
-    if spec is None:
+    if cast is None:
         return y, 0.0
-    values, factor, amax = _operand(y, spec, delayed)
+    values, factor, amax = cast(y, delayed)
     return values.float().mul_(factor).to(dtype), amax
+
+
+class _Row(NamedTuple):
+    """A row of the recipe's table, ready to cast."""
+
+    left: _Cast | None
+    right: _Cast | None
+    result: _Cast | None
+
+
+class _Table(NamedTuple):
+    """A recipe's table, ready to cast."""
+
+    output: _Row
+    grad_input: _Row
+    grad_weight: _Row
+    grad_output_once: bool
+    """Whether grad_output is cast alike in both of its GEMMs."""
+    cast: tuple[bool, bool]
+    """Whether input and weight are, so that the operands of `output` serve the backward pass."""
+
+
+@functools.lru_cache(maxsize=256)
+def _table(recipe: str) -> _Table:
+    table = Recipe.from_cast_key(recipe)
+    rows = (table.output, table.grad_input, table.grad_weight)
+    output, grad_input, grad_weight = (
+        _Row(*(None if spec is None else _Cast(spec) for spec in (row.left, row.right, row.result))) for row in rows
+    )
+    return _Table(
+        output,
+        grad_input,
+        grad_weight,
+        grad_output_once=table.grad_input.left == table.grad_weight.left,
+        cast=(
+            table.output.left is not None and table.output.left == table.grad_weight.right,
+            table.output.right is not None and table.output.right == table.grad_input.right,
+        ),
+    )
 
 
 _library = torch.library.Library("octavo", "DEF")
@@ -80,12 +132,12 @@ _library.define(
     "str recipe, ScalarType dtype, bool record) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
-    "linear_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor facts, Tensor scales, str recipe, bool[] cast, "
+    "linear_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor facts, Tensor scales, str recipe, "
     "bool[] needs, bool record) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
-def linear(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def linear(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor | None, Any]:
     """output = input @ weight.T + bias, cast as `recipe` says: `linear(input, weight, bias, kept_weight, scales, grad_scales,
     grad_history, recipe, dtype, record)`.
 
@@ -94,10 +146,34 @@ def linear(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     backward pass; recipe: a `Recipe.cast_key`; dtype: of the output; record: whether the backward pass takes its amaxes into row 0 of
     grad_history.  Returns output [T, O]; the operands of input and weight as multiplied, empty where the recipe leaves them in high
     precision; and facts, float32 [5]: the factors that undo the scales of input and weight, the amaxes of input, weight and output.
+    Eager CPU tensors are not dispatched: facts are then Python floats, and None stands for the operands that are not needed.
     """
     if torch.compiler.is_compiling():
         return torch.ops.octavo.linear.default(*arguments)  # type: ignore[no-any-return]
-    return _Linear.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
+    return _Linear.apply(_plain(arguments[0]), *arguments)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _forward(
+    table: _Table,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kept_weight: Tensor | None,
+    scales: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, tuple[float, ...]]:
+    """`octavo::linear` but for two things: facts are Python floats, and uncast operands are there."""
+    row = table.output
+    s_input, s_weight, s_output = scales.tolist()
+    x, x_factor, x_amax = _operand(input, row.left, s_input)
+    if kept_weight is None:
+        w, w_factor, w_amax = _operand(weight, row.right, s_weight)
+    else:
+        w, w_factor, w_amax = kept_weight.clone(), _inverse(s_weight), 0.0
+    wide = dtype if row.result is None else torch.float32
+    y = matmul(x, w, b_transposed=True, factor=x_factor * w_factor, bias=bias, dtype=wide)
+    y, y_amax = _result(y, row.result, s_output, dtype)
+    return y, x, w, (x_factor, w_factor, x_amax, w_amax, y_amax)
 
 
 def _linear_cpu(
@@ -112,18 +188,10 @@ def _linear_cpu(
     dtype: torch.dtype,
     record: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    row = Recipe.from_cast_key(recipe).output
-    s_input, s_weight, s_output = scales.tolist()
-    x, x_factor, x_amax = _operand(input, row.left, s_input)
-    if kept_weight is None:
-        w, w_factor, w_amax = _operand(weight, row.right, s_weight)
-    else:
-        w, w_factor, w_amax = kept_weight.clone(), 1.0 / s_weight, 0.0
-    wide = dtype if row.result is None else torch.float32
-    y = matmul(x, w, b_transposed=True, factor=x_factor * w_factor, bias=bias, dtype=wide)
-    y, y_amax = _result(y, row.result, s_output, dtype)
-    facts = torch.tensor((x_factor, w_factor, x_amax, w_amax, y_amax))
-    return y, torch.empty(0) if row.left is None else x, torch.empty(0) if row.right is None else w, facts
+    table = _table(recipe)
+    y, x, w, facts = _forward(table, input, weight, bias, kept_weight, scales, dtype)
+    left, right, _ = table.output
+    return y, torch.empty(0) if left is None else x, torch.empty(0) if right is None else w, torch.tensor(facts)
 
 
 def _linear_fake(
@@ -147,6 +215,38 @@ def _linear_fake(
     )
 
 
+def _backward(
+    table: _Table,
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    factors: Sequence[float],
+    scales: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, tuple[float, float]]:
+    """`octavo::linear_backward` but for two things: amaxes are Python floats, and what is not wanted is None."""
+    s_grad_output, s_grad_input = scales.tolist()
+    x_factor, w_factor = factors[:2]
+    dtype = grad_output.dtype
+    grad_input = grad_weight = None
+    g, g_factor, g_amax, i_amax = grad_output, 1.0, 0.0, 0.0
+    if needs[0]:
+        row = table.grad_input
+        g, g_factor, g_amax = _operand(grad_output, row.left, s_grad_output)
+        w, w_factor, _ = (weight, w_factor, 0.0) if table.cast[1] else _operand(weight, row.right, 1.0)
+        grad_input = matmul(g, w, factor=g_factor * w_factor, dtype=dtype if row.result is None else torch.float32)
+        grad_input, i_amax = _result(grad_input, row.result, s_grad_input, dtype)
+    if needs[1]:
+        row = table.grad_weight
+        if not (needs[0] and table.grad_output_once):
+            g, g_factor, g_amax = _operand(grad_output, row.left, s_grad_output)
+        x, x_factor, _ = (input, x_factor, 0.0) if table.cast[0] else _operand(input, row.right, 1.0)
+        wide = dtype if row.result is None else torch.float32
+        grad_weight = matmul(g, x, a_transposed=True, factor=g_factor * x_factor, dtype=wide)
+        grad_weight, _ = _result(grad_weight, row.result, 1.0, dtype)
+    return grad_input, grad_weight, grad_output.sum(0) if needs[2] else None, (g_amax, i_amax)
+
+
 def _linear_backward_cpu(
     grad_output: Tensor,
     input: Tensor,
@@ -154,47 +254,21 @@ def _linear_backward_cpu(
     facts: Tensor,
     scales: Tensor,
     recipe: str,
-    cast: list[bool],
     needs: list[bool],
     record: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """grad_input = grad_output @ weight and grad_weight = grad_output.T @ input, cast as `recipe` says.
 
-    grad_output: [T, O]; input: [T, I]; weight: [O, I]; facts: of the forward pass; scales: float32 [2] (grad_output, grad_input); cast:
-    whether input and weight are operands already; needs: which of grad_input, grad_weight, grad_bias are wanted; record: whether the scales
-    are to be updated when this backward pass ends.  Returns grad_input [T, I], grad_weight [O, I] and grad_bias [O], the sum of the uncast
-    grad_output, in grad_output's dtype, empty where not wanted, and amaxes, float32 [2].
+    grad_output: [T, O]; input: [T, I] and weight: [O, I], or their operands where the recipe casts them alike in both of their GEMMs;
+    facts: of the forward pass; scales: float32 [2] (grad_output, grad_input); needs: which of grad_input, grad_weight, grad_bias are
+    wanted; record: whether scales are to be updated when this backward pass ends.  Returns grad_input [T, I], grad_weight [O, I] and
+    grad_bias [O], the sum of the uncast grad_output, in grad_output's dtype, empty where not wanted, and amaxes, float32 [2].
     """
-    table = Recipe.from_cast_key(recipe)
-    s_grad_output, s_grad_input = scales.tolist()
-    x_factor, w_factor, *_ = facts.tolist()
-    dtype = grad_output.dtype
-    grad_input = grad_weight = None
-    g_spec, g, g_factor, g_amax, i_amax = None, grad_output, 1.0, 0.0, 0.0
-    if needs[0]:
-        row = table.grad_input
-        g_spec = row.left
-        g, g_factor, g_amax = _operand(grad_output, g_spec, s_grad_output)
-        w, w_factor, _ = (weight, w_factor, 0.0) if cast[1] else _operand(weight, row.right, 1.0)
-        grad_input = matmul(g, w, factor=g_factor * w_factor, dtype=dtype if row.result is None else torch.float32)
-        grad_input, i_amax = _result(grad_input, row.result, s_grad_input, dtype)
-    if needs[1]:
-        row = table.grad_weight
-        if not needs[0] or row.left != g_spec:
-            g, g_factor, g_amax = _operand(grad_output, row.left, s_grad_output)
-        x, x_factor, _ = (input, x_factor, 0.0) if cast[0] else _operand(input, row.right, 1.0)
-        wide = dtype if row.result is None else torch.float32
-        grad_weight = matmul(g, x, a_transposed=True, factor=g_factor * x_factor, dtype=wide)
-        grad_weight, _ = _result(grad_weight, row.result, 1.0, dtype)
+    *gradients, amaxes = _backward(_table(recipe), grad_output, input, weight, facts.tolist(), scales, needs)
     if record:
         context.update_after_backward()
-    amaxes = torch.tensor((g_amax, i_amax))
-    return (
-        grad_output.new_empty(0) if grad_input is None else grad_input,
-        grad_output.new_empty(0) if grad_weight is None else grad_weight,
-        grad_output.sum(0) if needs[2] else grad_output.new_empty(0),
-        amaxes,
-    )
+    one, two, three = (grad_output.new_empty(0) if gradient is None else gradient for gradient in gradients)
+    return one, two, three, torch.tensor(amaxes)
 
 
 def _linear_backward_fake(
@@ -204,7 +278,6 @@ def _linear_backward_fake(
     facts: Tensor,
     scales: Tensor,
     recipe: str,
-    cast: list[bool],
     needs: list[bool],
     record: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -222,49 +295,58 @@ def _plain(x: Tensor) -> bool:
 
 
 class _Linear(torch.autograd.Function):
-    """The gradients of `octavo::linear` by `octavo::linear_backward`."""
+    """The gradients of `octavo::linear` by `octavo::linear_backward`, or, where `direct`, both without the dispatcher.
+
+    Then facts and amaxes are Python floats, and an operand that was not cast is None.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        input, weight, _, _, _, ctx.grad_scales, ctx.grad_history, ctx.recipe, _, ctx.record = arguments
-        if _plain(input):
-            output, x, w, facts = _linear_cpu(*arguments)
+    def forward(ctx: Any, direct: bool, *arguments: Any) -> tuple[Any, ...]:
+        input, weight, bias, kept, scales, ctx.grad_scales, ctx.grad_history, ctx.recipe, dtype, ctx.record = arguments
+        table = _table(ctx.recipe)
+        if direct:
+            output, x, w, ctx.facts = _forward(table, input, weight, bias, kept, scales, dtype)
+            ctx.save_for_backward(x if table.cast[0] else input, w if table.cast[1] else weight)
+            operand = None if table.output.right is None else w
+            ctx.mark_non_differentiable(*(() if operand is None else (operand,)))
+            returned: tuple[Any, ...] = (output, None, operand, ctx.facts)
         else:
             with torch._C._AutoDispatchBelowAutograd():
-                output, x, w, facts = torch.ops.octavo.linear.default(*arguments)
-        ctx.cast = _cast_once(ctx.recipe)
-        ctx.save_for_backward(x if ctx.cast[0] else input, w if ctx.cast[1] else weight, facts)
-        ctx.mark_non_differentiable(x, w, facts)
+                returned = torch.ops.octavo.linear.default(*arguments)
+            _, x, w, facts = returned
+            ctx.facts = None
+            ctx.save_for_backward(x if table.cast[0] else input, w if table.cast[1] else weight, facts)
+            ctx.mark_non_differentiable(x, w, facts)
         ctx.set_materialize_grads(False)
-        return output, x, w, facts
+        return returned
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if grad_output is None:
-            return (None,) * 10
-        needs = ctx.needs_input_grad[:3]
-        run: Any = _linear_backward_cpu if _plain(grad_output) else torch.ops.octavo.linear_backward.default
-        *gradients, amaxes = run(
-            grad_output, *ctx.saved_tensors, ctx.grad_scales, ctx.recipe, ctx.cast, needs, ctx.record
-        )
+            return (None,) * 11
+        needs = ctx.needs_input_grad[1:4]
+        if ctx.facts is not None:
+            table = _table(ctx.recipe)
+            input, weight = ctx.saved_tensors
+            *gradients, amaxes = _backward(table, grad_output, input, weight, ctx.facts, ctx.grad_scales, needs)
+            if ctx.record:
+                context.update_after_backward()
+        else:
+            *found, amaxes = torch.ops.octavo.linear_backward.default(
+                grad_output, *ctx.saved_tensors, ctx.grad_scales, ctx.recipe, needs, ctx.record
+            )
+            gradients = [gradient if need else None for gradient, need in zip(found, needs, strict=True)]
         if ctx.record:
             gather(ctx.grad_history, amaxes)
-        wanted = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
-        return (*wanted, *(None,) * 7)
+        return (None, *gradients, *(None,) * 7)
 
 
-@functools.lru_cache(maxsize=256)
-def _cast_once(recipe: str) -> tuple[bool, bool]:
-    """Whether input and weight are cast alike in both of their GEMMs, so that the operands of the first serve the second."""
-    table = Recipe.from_cast_key(recipe)
-    return (
-        table.output.left is not None and table.output.left == table.grad_weight.right,
-        table.output.right is not None and table.output.right == table.grad_input.right,
-    )
+def _linear_autograd(*arguments: Any) -> Any:
+    return _Linear.apply(False, *arguments)  # type: ignore[no-untyped-call]
 
 
 _library.impl("linear", _linear_cpu, "CPU")
-_library.impl("linear", _Linear.apply, "Autograd")
+_library.impl("linear", _linear_autograd, "Autograd")
 _library.impl("linear_backward", _linear_backward_cpu, "CPU")
 torch.library.register_fake("octavo::linear", _linear_fake, lib=_library)
 torch.library.register_fake("octavo::linear_backward", _linear_backward_fake, lib=_library)

@@ -42,13 +42,13 @@ _PERSISTENT = ("scale_forward", "amax_history_forward", "scale_backward", "amax_
 _serial = itertools.count()
 
 
-def gather(history: Tensor, facts: Tensor) -> None:
-    """Take the last entries of `facts`, the amaxes of a pass, float32 [tensors], into row 0 of a history, in place; NaN stays."""
-    if torch.compiler.is_compiling() or history.device.type != "cpu":
+def gather(history: Tensor, amaxes: Tensor | tuple[float, ...]) -> None:
+    """Take `amaxes`, one a tensor, into row 0 of a history, in place; NaN stays."""
+    if isinstance(amaxes, Tensor):
         row = history[0]
-        torch.maximum(row, facts[-row.shape[0] :], out=row)
-    else:  # the same on the memory itself: in eager mode torch's dispatch would cost more than the work
-        cpu.gather_amax(history.numpy(), facts.numpy())
+        torch.maximum(row, amaxes, out=row)
+    else:  # the same on the memory itself: eager CPU layers have floats, and torch's dispatch would cost more than the work
+        cpu.gather_amax(history.numpy(), amaxes)
 
 
 class ScaledLayer(nn.Module):
@@ -101,9 +101,9 @@ class ScaledLayer(nn.Module):
             new[: min(1, old.shape[0])] = old[:1]
             setattr(self, name, new)
 
-    def gather_forward(self, facts: Tensor) -> None:
-        """Take the amaxes of a forward pass, the last three of `facts`, into row 0."""
-        gather(self.amax_history_forward, facts)
+    def gather_forward(self, amaxes: Tensor | tuple[float, ...]) -> None:
+        """Take the amaxes of a forward pass, one for each of `FORWARD`, into row 0."""
+        gather(self.amax_history_forward, amaxes)
         self.progress.gathered = True
 
     def scales_for(self, *, repeating: bool) -> Tensor:
