@@ -14,7 +14,7 @@ import enum
 import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -80,6 +80,13 @@ class Recipe:
     output: Gemm = Gemm()
     grad_input: Gemm = Gemm()
     grad_weight: Gemm = Gemm()
+    # Derived once, and not on first use, because torch.compile cannot trace what caches under a lock.
+    delayed: Delayed | None = field(init=False, repr=False, compare=False)
+    """The delayed scaling that its tensors share, or None where the recipe keeps no state."""
+    maxima: Mapping[str, float] = field(init=False, repr=False, compare=False)
+    """format.max of each tensor whose scaling is delayed, by its name."""
+    cast_key: str = field(init=False, repr=False, compare=False)
+    """The table as text that `from_cast_key` reads back: all that casting needs, and so not how delayed scales are updated."""
 
     def __post_init__(self) -> None:
         delayed: dict[str, TensorSpec] = {}
@@ -99,6 +106,10 @@ class Recipe:
             raise ValueError(
                 f"{self.name}: the tensors of one recipe share their amax history; give all the same Delayed(...)"
             )
+        shared = next((spec.scaling for spec in delayed.values()), None)
+        object.__setattr__(self, "delayed", shared)
+        object.__setattr__(self, "maxima", {tensor: spec.format.max for tensor, spec in delayed.items()})
+        object.__setattr__(self, "cast_key", self._spelled())
 
     @classmethod
     def from_tensors(
@@ -134,23 +145,10 @@ class Recipe:
             ):
                 yield gemm, cell, tensor, spec
 
-    @functools.cached_property
-    def maxima(self) -> Mapping[str, float]:
-        """format.max of each tensor that is cast, by its name."""
-        return {tensor: spec.format.max for *_, tensor, spec in self.cells() if spec is not None}
-
-    @functools.cached_property
-    def delayed(self) -> Delayed | None:
-        """The delayed scaling that its tensors share, or None where the recipe keeps no state."""
-        found = (spec.scaling for *_, spec in self.cells() if spec is not None and isinstance(spec.scaling, Delayed))
-        return next(found, None)
-
     def __hash__(self) -> int:
         return hash(self.cast_key)  # recipes key the caches of every layer
 
-    @functools.cached_property
-    def cast_key(self) -> str:
-        """The table as text that `from_cast_key` reads back: all that casting needs, and so not how delayed scales are updated."""
+    def _spelled(self) -> str:
         spelled = {}
         for gemm, cell, _, spec in self.cells():
             if spec is None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import octavo.torch as ot
-from octavo.recipes import FormatPair, delayed_scaling
+from octavo.recipes import FormatPair, Recipe, current_scaling, delayed_scaling
 
 F32_MAX = np.float32(3.4028234663852886e38)
 
@@ -180,6 +180,39 @@ def test_microbatches_share_one_weight_cast() -> None:
     torch.autograd.backward(expected, [torch.ones_like(y) for y in ys])
     assert layer.weight.grad is not None
     assert layer.weight.grad.equal(twin.weight.grad)
+
+
+@pytest.mark.parametrize("recipe", [delayed_scaling(amax_history_len=4), current_scaling()], ids=["delayed", "current"])
+@pytest.mark.parametrize("own_recipe", [False, True], ids=["autocast", "own"])
+def test_a_kept_weight_keeps_its_scale(recipe: Recipe, own_recipe: bool) -> None:
+    """Micro-batches in blocks of their own: the weight's scale may move in between, its codes may not."""
+    layer = ot.Linear(16, 8, bias=False, recipe=recipe if own_recipe else None)
+    with torch.no_grad():
+        layer.weight *= 1e-3
+    x = torch.randn(4, 16)
+    outputs = []
+    for first in (True, False, False):
+        with nullcontext() if own_recipe else ot.autocast(recipe=recipe):
+            outputs.append(layer(x, is_first_microbatch=first))
+    exact = torch.nn.functional.linear(x, layer.weight)
+    for y in outputs[1:]:
+        assert ((y - exact).norm() / (outputs[0] - exact).norm()).item() < 1.5
+
+
+def test_an_uncast_weight_needs_no_keeping() -> None:
+    recipe = Recipe.from_tensors(input=current_scaling().output.left)
+    layer, x = ot.Linear(4, 4, recipe=recipe), torch.randn(2, 4)
+    assert layer(x, is_first_microbatch=True).equal(layer(x, is_first_microbatch=False))
+
+
+def test_layers_left_out_of_a_backward_pass_stay_as_they_are() -> None:
+    recipe = delayed_scaling(amax_history_len=3, amax_compute_algo=lambda history: history.amax(0))
+    used, unused = ot.Linear(4, 4, recipe=recipe), ot.Linear(4, 4, recipe=recipe)
+    for layer in (used, unused):
+        layer(torch.ones(1, 4)).sum().backward()
+    before = unused.amax_history_backward.clone()
+    used(torch.ones(1, 4)).sum().backward()
+    assert unused.amax_history_backward.equal(before)
 
 
 def test_microbatch_without_a_kept_weight_says_what_to_do() -> None:

@@ -19,12 +19,18 @@ rank, store, reduce = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "reduce"
 dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
 torch.manual_seed(0)
 layer = ot.Linear(4, 4, recipe=None)
+alone = ot.Linear(4, 4, recipe=delayed_scaling(amax_history_len=4, reduce_amax=reduce))
+sometimes = ot.Linear(4, 4, recipe=delayed_scaling(amax_history_len=4, reduce_amax=reduce))
 unused = ot.Linear(4, 4, recipe=delayed_scaling())
 for step in range(3):
     with ot.autocast(recipe=delayed_scaling(amax_history_len=4, reduce_amax=reduce)):
         y = layer(torch.full((2, 4), 1.0 + step + 10 * rank))
+        if rank == 1:
+            sometimes(torch.full((2, 4), 7.0))
     y.backward(torch.full((2, 4), 2.0 + rank))
-print(json.dumps([layer.scale_forward.tolist(), layer.scale_backward.tolist(), layer.amax_history_forward[:, 0].tolist()]))
+    alone(torch.full((2, 4), 1.0 + rank))
+print(json.dumps([layer.scale_forward.tolist(), layer.scale_backward.tolist(), layer.amax_history_forward[:, 0].tolist(),
+    alone.scale_forward.tolist(), sometimes.amax_history_forward[:1].tolist()]))
 dist.destroy_process_group()
 """
 
@@ -46,4 +52,5 @@ def test_amaxes_over_two_ranks(tmp_path: Path, reduce: bool) -> None:
     else:
         assert one[2] == [0, 1, 2, 3]
         assert two[2] == [0, 11, 12, 13]
+        assert one[3] != two[3]
         assert one[0] != two[0]

@@ -14,7 +14,7 @@ import octavo.torch as ot
 from octavo import TensorSpec
 from octavo.formats import E4M3FN, E5M2
 from octavo.recipes import Recipe, current_scaling, delayed_scaling
-from octavo.rounding import Overflow
+from octavo.rounding import Overflow, Rounding
 from octavo.scaling import Current
 
 RECIPES = {"delayed": delayed_scaling(), "current": current_scaling(), "pow2": current_scaling(use_power_2_scales=True)}
@@ -203,9 +203,39 @@ def test_bad_inputs(x: torch.Tensor, message: str) -> None:
         ot.Linear(6, 4)(x)
 
 
-def test_autocast_wants_a_recipe() -> None:
-    with pytest.raises(ValueError, match="recipe is a Recipe"):
-        ot.autocast(recipe="delayed")  # type: ignore[arg-type]
+def test_a_recipe_is_not_its_name() -> None:
+    for call in (
+        ot.autocast,
+        lambda recipe: ot.Linear(2, 2, recipe=recipe),
+        lambda recipe: ot.convert(ot.Linear(2, 2), recipe),
+    ):
+        with pytest.raises(ValueError, match=r"recipe is a Recipe .*; got str"):
+            call(recipe="delayed")
+
+
+def test_stochastic_rounding_is_refused_and_not_repeated() -> None:
+    recipe = Recipe.from_tensors(grad_output=TensorSpec(E5M2, rounding=Rounding.STOCHASTIC))
+    with (
+        pytest.raises(ValueError, match="no random draws to round e5m2 unscaled stochastic"),
+        ot.autocast(recipe=recipe),
+    ):
+        ot.Linear(4, 4)(torch.ones(1, 4))
+
+
+def test_gradients_of_gradients_are_refused() -> None:
+    layer, x = ot.Linear(4, 4, recipe=current_scaling()), torch.ones(1, 4, requires_grad=True)
+    (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad.sum().backward()
+
+
+def test_uncast_float64_is_multiplied_in_float64() -> None:
+    layer = ot.Linear(3, 2, dtype=torch.float64)
+    x = torch.randn(4, 3, dtype=torch.float64)
+    with ot.autocast(recipe=Recipe()):
+        torch.testing.assert_close(
+            layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias), rtol=1e-15, atol=0
+        )
 
 
 def test_frozen_weights_and_inputs_get_no_gradient() -> None:

@@ -73,6 +73,15 @@ def test_compile(recipe: Recipe, where: str, backend: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("make", [delayed_scaling, current_scaling])
+def test_compile_of_what_never_ran(make: Callable[..., Recipe]) -> None:
+    torch._dynamo.reset()
+    model, x = network(make()), batches(1)[0]
+    y = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
+    assert y.equal(network(make())(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_code_follows_the_autocast_around_it() -> None:
     torch._dynamo.reset()
     model, x = network(None).eval(), batches(1)[0]

@@ -5,7 +5,7 @@ from a shared counter, and random bits are indexed by element, so neither thread
 
 Legend: `x_f` and `x_i` are float32 and int32 views of the same memory; m is the format's mantissa bits; an `e` is a float32's exponent
 field left in place.  Adding and subtracting 2**(e + 23 - m) rounds to nearest even at bit m, subnormals included.
-All compiled loops live in this one file, because Numba's disk cache is keyed by the file of the outermost function.
+The cast loops live in this one file, because Numba's disk cache is keyed by the file of the outermost function.
 """
 
 from __future__ import annotations

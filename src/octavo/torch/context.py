@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
@@ -20,12 +21,14 @@ from octavo.recipes import Recipe
 __all__ = [
     "Frame",
     "autocast",
+    "check_recipe",
     "current",
     "fp8_autocast",
     "in_backward",
     "inside_function",
     "register",
     "update_after_backward",
+    "update_alone",
 ]
 
 
@@ -69,6 +72,12 @@ def register(layer: Scaled) -> None:
     _layers.add(layer)
 
 
+def check_recipe(recipe: Any) -> None:
+    """Raise ValueError for what is neither a Recipe nor None."""
+    if recipe is not None and not isinstance(recipe, Recipe):
+        raise ValueError(f"recipe is a Recipe such as octavo.recipes.delayed_scaling(); got {type(recipe).__name__}")
+
+
 def current() -> Frame | None:
     """The innermost `autocast` of this thread."""
     return _active.frame
@@ -101,10 +110,7 @@ class autocast:
         recipe: Recipe | None = None,
         amax_reduction_group: Any = None,
     ) -> None:
-        if recipe is not None and not isinstance(recipe, Recipe):
-            raise ValueError(
-                f"recipe is a Recipe such as octavo.recipes.delayed_scaling(); got {type(recipe).__name__}"
-            )
+        check_recipe(recipe)
         self.frame = Frame(enabled=enabled, calibrating=calibrating, recipe=recipe, group=amax_reduction_group)
         self.outer: list[Frame | None] = []
 
@@ -138,9 +144,15 @@ def _leave(frame: Frame, *, keep: bool) -> None:
             layer.forget_forward()
         return
     _active.group = frame.group
-    _reduce(backward=False, group=frame.group)
+    _reduce(_layers, backward=False, group=frame.group)
     for layer in _layers:
         layer.update_forward()
+
+
+def update_alone(layer: Scaled) -> None:
+    """Update the forward scales of one layer that ran outside any `autocast`."""
+    _reduce([layer], backward=False, group=None)
+    layer.update_forward()
 
 
 def update_after_backward() -> None:
@@ -154,19 +166,19 @@ def update_after_backward() -> None:
 
 
 def _end_backward() -> None:
-    _reduce(backward=True, group=_active.group)
+    _reduce(_layers, backward=True, group=_active.group)
     for layer in _layers:
         layer.update_backward()
 
 
-def _reduce(*, backward: bool, group: Any) -> None:
+def _reduce(layers: Iterable[Scaled], *, backward: bool, group: Any) -> None:
     """The maximum over all ranks of each layer's new amaxes, in place, in one collective."""
     distributed = torch.distributed
     if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size(group) == 1:
         return
     # In the order the layers were made, which is the same on every rank.
-    layers = sorted(_layers, key=lambda layer: layer.serial)
-    rows = [row for layer in layers for row in layer.rows_to_reduce(backward=backward)]
+    in_order = sorted(layers, key=lambda layer: layer.serial)
+    rows = [row for layer in in_order for row in layer.rows_to_reduce(backward=backward)]
     if not rows:
         return
     together = torch.cat(rows)

@@ -29,6 +29,7 @@ def convert(model: M, recipe: Recipe | None = None, exempt: Iterable[str] = ()) 
     and [], of the layers to leave alone.  Objects, parameters, names, ties and hooks stay; a layer that is 8-bit already gets the recipe.
     Raises ValueError for an exempt name that fits no linear layer.
     """
+    context.check_recipe(recipe)
     layers = {name: module for name, module in model.named_modules() if type(module) in (nn.Linear, Linear)}
     spared: set[str] = set()
     for pattern in exempt:

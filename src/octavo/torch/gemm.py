@@ -53,15 +53,16 @@ def matmul(
     """`factor * (a @ b) + bias`, added up in float32 and rounded once to `dtype`.
 
     a: [M, K], or [K, M] where `a_transposed`; b: [K, N], or [N, K] where `b_transposed`; contiguous; bias: [N].  Returns [M, N].
-    Operands that are not both bfloat16 are multiplied in float32.
+    Operands that are not both bfloat16 are multiplied in float32, or in float64 where one of them, uncast, is float64.
     """
     m, k = a.shape[::-1] if a_transposed else a.shape
     n = b.shape[0] if b_transposed else b.shape[1]
     gemm = _bf16_gemm()
     if gemm is None or not (a.dtype == b.dtype == torch.bfloat16) or 0 in (m, n, k):
-        a, b = a.float(), b.float()
+        wide = torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
+        a, b = a.to(wide), b.to(wide)
         left, right = a.t() if a_transposed else a, b.t() if b_transposed else b
-        base = torch.zeros((), dtype=torch.float32) if bias is None else bias.float()
+        base = torch.zeros((), dtype=wide) if bias is None else bias.to(wide)
         out = torch.addmm(base, left, right, beta=0.0 if bias is None else 1.0, alpha=factor)
         return out if dtype is torch.float32 else out.to(dtype)
     out = torch.empty(m, n)

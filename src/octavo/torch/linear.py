@@ -52,7 +52,7 @@ class Linear(nn.Linear, ScaledLayer):
 
     def _start(self, recipe: Recipe | None) -> None:
         self.start_state(recipe, self.weight.device)
-        self._kept_weight: Tensor | None = None
+        self._kept_weight: tuple[Tensor | None, Tensor | None] | None = None
 
     def forward(self, input: Tensor, is_first_microbatch: bool | None = None) -> Tensor:
         """The layer's output, [..., out_features].
@@ -83,7 +83,7 @@ class Linear(nn.Linear, ScaledLayer):
             input if input.dim() == 2 else input.reshape(-1, self.in_features),
             self.weight,
             self.bias,
-            self._kept(is_first_microbatch),
+            *self._kept(is_first_microbatch),
             self.scale_forward if compiling else self.scales_for(repeating=repeating),
             self.scale_backward,
             self.amax_history_backward,
@@ -91,8 +91,8 @@ class Linear(nn.Linear, ScaledLayer):
             _activation_dtype(input),
             self.training and delayed is not None,
         )
-        if is_first_microbatch and operand is not None:
-            self._kept_weight = operand.detach()
+        if is_first_microbatch:
+            self._kept_weight = _keep(operand, facts) if recipe.output.right is not None else (None, None)
         learning = torch.is_grad_enabled() or (not compiling and context.inside_function())
         if delayed is not None and self.training and learning and not repeating:
             self.gather_forward(facts[2:])
@@ -123,9 +123,9 @@ class Linear(nn.Linear, ScaledLayer):
                 "reshape the input so that its last dimension is in_features"
             )
 
-    def _kept(self, is_first_microbatch: bool | None) -> Tensor | None:
+    def _kept(self, is_first_microbatch: bool | None) -> tuple[Tensor | None, Tensor | None]:
         if is_first_microbatch is not False:
-            return None
+            return None, None
         if self._kept_weight is None:
             raise ValueError(
                 "is_first_microbatch=False uses the weight that True kept, and no call with True came before"
@@ -147,6 +147,13 @@ class Linear(nn.Linear, ScaledLayer):
                 for x in (input, self.weight)
             ]
             self.gather_forward(torch.stack([*peaks, torch.zeros_like(peaks[0])]))
+
+
+def _keep(operand: Tensor | None, facts: Tensor | tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """A weight operand and the factor that undoes its scale, for later micro-batches."""
+    assert operand is not None
+    factor = facts[1:2] if isinstance(facts, Tensor) else torch.tensor(facts[1:2])
+    return operand.detach(), factor.detach()
 
 
 def _activation_dtype(input: Tensor) -> torch.dtype:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from octavo.kernels import cpu
 from octavo.recipes import Recipe, TensorSpec
+from octavo.rounding import Rounding
 from octavo.scaling import Current, Delayed, amax_scale
 from octavo.torch import context
 from octavo.torch.gemm import matmul, operand_dtype
@@ -51,10 +52,13 @@ def _inverse(scale: float) -> float:
 class _Cast:
     """A cell of the recipe's table, ready to cast tensors."""
 
-    __slots__ = ("_caster", "_current", "_delayed", "_maximum", "spec")
+    __slots__ = ("_caster", "_current", "_delayed", "_maximum")
 
     def __init__(self, spec: TensorSpec) -> None:
-        self.spec = spec
+        if spec.rounding is Rounding.STOCHASTIC:
+            raise ValueError(
+                f"a layer has no random draws to round {spec} stochastically; use another rounding in its recipe"
+            )
         self._caster = cpu.caster(spec.format, spec.rounding, spec.overflow)
         self._current = spec.scaling if isinstance(spec.scaling, Current) else None
         self._delayed = isinstance(spec.scaling, Delayed)
@@ -128,8 +132,8 @@ def _table(recipe: str) -> _Table:
 
 _library = torch.library.Library("octavo", "DEF")
 _library.define(
-    "linear(Tensor input, Tensor weight, Tensor? bias, Tensor? kept_weight, Tensor scales, Tensor grad_scales, Tensor grad_history, "
-    "str recipe, ScalarType dtype, bool record) -> (Tensor, Tensor, Tensor, Tensor)"
+    "linear(Tensor input, Tensor weight, Tensor? bias, Tensor? kept_weight, Tensor? kept_factor, Tensor scales, "
+    "Tensor grad_scales, Tensor grad_history, str recipe, ScalarType dtype, bool record) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "linear_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor facts, Tensor scales, str recipe, "
@@ -138,14 +142,15 @@ _library.define(
 
 
 def linear(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor | None, Any]:
-    """output = input @ weight.T + bias, cast as `recipe` says: `linear(input, weight, bias, kept_weight, scales, grad_scales,
+    """output = input @ weight.T + bias, cast as `recipe` says: `linear(input, weight, bias, kept_weight, kept_factor, scales, grad_scales,
     grad_history, recipe, dtype, record)`.
 
-    input: [T, I]; weight: [O, I]; bias: [O] or None; kept_weight: a weight operand of an earlier call to use again, or None; scales:
-    float32 [3] (input, weight, output); grad_scales, grad_history: float32 [2] and [steps, 2] (grad_output, grad_input), for the
-    backward pass; recipe: a `Recipe.cast_key`; dtype: of the output; record: whether the backward pass takes its amaxes into row 0 of
-    grad_history.  Returns output [T, O]; the operands of input and weight as multiplied, empty where the recipe leaves them in high
-    precision; and facts, float32 [5]: the factors that undo the scales of input and weight, the amaxes of input, weight and output.
+    input: [T, I]; weight: [O, I]; bias: [O] or None; kept_weight, kept_factor: the weight operand of an earlier call and, float32 [1],
+    what undoes its scale, to use again, or None; scales: float32 [3] (input, weight, output); grad_scales, grad_history: float32 [2] and
+    [steps, 2] (grad_output, grad_input), for the backward pass; recipe: a `Recipe.cast_key`; dtype: of the output; record: whether the
+    backward pass takes its amaxes into row 0 of grad_history.  Returns output [T, O]; the operands of input and weight as multiplied,
+    empty where the recipe leaves them in high precision; and facts, float32 [5]: the factors that undo the scales of input and weight,
+    the amaxes of input, weight and output.
     Eager CPU tensors are not dispatched: facts are then Python floats, and None stands for the operands that are not needed.
     """
     if torch.compiler.is_compiling():
@@ -159,6 +164,7 @@ def _forward(
     weight: Tensor,
     bias: Tensor | None,
     kept_weight: Tensor | None,
+    kept_factor: Tensor | None,
     scales: Tensor,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, tuple[float, ...]]:
@@ -166,10 +172,10 @@ def _forward(
     row = table.output
     s_input, s_weight, s_output = scales.tolist()
     x, x_factor, x_amax = _operand(input, row.left, s_input)
-    if kept_weight is None:
+    if kept_weight is None or kept_factor is None:
         w, w_factor, w_amax = _operand(weight, row.right, s_weight)
     else:
-        w, w_factor, w_amax = kept_weight.clone(), _inverse(s_weight), 0.0
+        w, w_factor, w_amax = kept_weight.clone(), kept_factor.item(), 0.0
     wide = dtype if row.result is None else torch.float32
     y = matmul(x, w, b_transposed=True, factor=x_factor * w_factor, bias=bias, dtype=wide)
     y, y_amax = _result(y, row.result, s_output, dtype)
@@ -181,6 +187,7 @@ def _linear_cpu(
     weight: Tensor,
     bias: Tensor | None,
     kept_weight: Tensor | None,
+    kept_factor: Tensor | None,
     scales: Tensor,
     grad_scales: Tensor,
     grad_history: Tensor,
@@ -189,7 +196,7 @@ def _linear_cpu(
     record: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     table = _table(recipe)
-    y, x, w, facts = _forward(table, input, weight, bias, kept_weight, scales, dtype)
+    y, x, w, facts = _forward(table, input, weight, bias, kept_weight, kept_factor, scales, dtype)
     left, right, _ = table.output
     return y, torch.empty(0) if left is None else x, torch.empty(0) if right is None else w, torch.tensor(facts)
 
@@ -199,6 +206,7 @@ def _linear_fake(
     weight: Tensor,
     bias: Tensor | None,
     kept_weight: Tensor | None,
+    kept_factor: Tensor | None,
     scales: Tensor,
     grad_scales: Tensor,
     grad_history: Tensor,
@@ -302,10 +310,12 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, direct: bool, *arguments: Any) -> tuple[Any, ...]:
-        input, weight, bias, kept, scales, ctx.grad_scales, ctx.grad_history, ctx.recipe, dtype, ctx.record = arguments
+        input, weight, bias, kept, factor, scales, ctx.grad_scales, ctx.grad_history, ctx.recipe, dtype, ctx.record = (
+            arguments
+        )
         table = _table(ctx.recipe)
         if direct:
-            output, x, w, ctx.facts = _forward(table, input, weight, bias, kept, scales, dtype)
+            output, x, w, ctx.facts = _forward(table, input, weight, bias, kept, factor, scales, dtype)
             ctx.save_for_backward(x if table.cast[0] else input, w if table.cast[1] else weight)
             operand = None if table.output.right is None else w
             ctx.mark_non_differentiable(*(() if operand is None else (operand,)))
@@ -321,9 +331,10 @@ class _Linear(torch.autograd.Function):
         return returned
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if grad_output is None:
-            return (None,) * 11
+            return (None,) * 12
         needs = ctx.needs_input_grad[1:4]
         if ctx.facts is not None:
             table = _table(ctx.recipe)
@@ -338,7 +349,7 @@ class _Linear(torch.autograd.Function):
             gradients = [gradient if need else None for gradient, need in zip(found, needs, strict=True)]
         if ctx.record:
             gather(ctx.grad_history, amaxes)
-        return (None, *gradients, *(None,) * 7)
+        return (None, *gradients, *(None,) * 8)
 
 
 def _linear_autograd(*arguments: Any) -> Any:

@@ -67,6 +67,7 @@ class ScaledLayer(nn.Module):
 
     def start_state(self, recipe: Recipe | None, device: torch.device) -> None:
         """Make the buffers and have `autocast` update them; `recipe` is the layer's own, where it has one."""
+        context.check_recipe(recipe)
         self.recipe = recipe
         self.progress = Progress(recipe)
         for name, tensors in (("forward", FORWARD), ("backward", BACKWARD)):
@@ -122,10 +123,11 @@ class ScaledLayer(nn.Module):
         return recipe.delayed if recipe is not None and self.amax_history_forward.shape[0] else None
 
     def rows_to_reduce(self, *, backward: bool) -> list[Tensor]:
-        """Row 0 of the forward or backward history, where ranks share it."""
+        """Row 0 of the forward or backward history, where ranks share it; it will hold what other ranks gathered, too."""
         scaling = self._delayed()
         if scaling is None or not scaling.reduce:
             return []
+        self.progress.gathered = self.progress.gathered or not backward
         return [(self.amax_history_backward if backward else self.amax_history_forward)[0]]
 
     def forget_forward(self) -> None:
@@ -150,15 +152,17 @@ class ScaledLayer(nn.Module):
         self._roll(self.amax_history_forward, self.scale_forward_before, self.scale_forward, scaling, backward=False)
 
     def update_backward(self) -> None:
-        """Roll the backward history and move the backward scales, in the same way."""
+        """Roll the backward history and move the backward scales, in the same way, unless every new amax is zero."""
         scaling = self._delayed()
-        if scaling is not None:
+        if scaling is not None and (
+            isinstance(scaling.algorithm, AmaxAlgorithm) or self.amax_history_backward[0].any()
+        ):
             self._roll(self.amax_history_backward, self.scale_backward, self.scale_backward, scaling, backward=True)
 
     def update_forward_in_place(self) -> None:
         """`update_forward` for one call that is a block of its own, traceable by torch.compile."""
         if not torch.compiler.is_compiling():
-            self.update_forward()
+            context.update_alone(self)
             return
         scaling = self._delayed()
         assert scaling is not None
