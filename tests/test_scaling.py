@@ -78,6 +78,8 @@ def test_current_scales_are_those_of_the_book(
         [patterns, F32([0, INF, NAN, SUBNORMAL, 2.0**-126, 1e-38, FLT_MAX]), 2.0 ** np.arange(-10, 10, dtype=F32)]
     )
     scales = np.asarray(amax_scale(array(amaxes), maximum, Current(power_of_two=power_of_two, epsilon=epsilon)))
+    compiled = [cpu.current_scale(float(amax), maximum, epsilon, power_of_two) for amax in amaxes]
+    assert np.array_equal(np.array(compiled), scales)
     expected = np.array([current_by_the_book(float(amax), maximum, power_of_two, epsilon) for amax in amaxes])
     assert scales.dtype == np.float32
     assert np.array_equal(scales, expected)

@@ -8,19 +8,31 @@ import struct
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
+from numba import carray, njit
 
 from octavo.formats import Format
-from octavo.kernels import loops, threads
+from octavo.kernels import loops, memory, threads
 from octavo.kernels.loops import CHUNK, Kind, Slot
 from octavo.reference import overflow_codes, reject_nan
 from octavo.rounding import Overflow, Rounding
 
-__all__ = ["Buffer", "Caster", "Kind", "amax", "cast", "caster", "gather_amax", "roll_history"]
+__all__ = [
+    "Buffer",
+    "Caster",
+    "Kind",
+    "amax",
+    "cast",
+    "caster",
+    "current_scale",
+    "gather_amax",
+    "roll_history",
+    "roll_history_at",
+]
 
 SERIAL = 4 * CHUNK
 """Below this many elements waking a second thread costs more than it saves."""
 
+_at: Any = memory.at
 _MODES = {mode: number for number, mode in enumerate(Rounding)}
 
 
@@ -145,12 +157,26 @@ def _counter(name: str, value: int, end: int) -> int:
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def gather_amax(history: Any, amaxes: Any) -> None:
-    """Raise row 0 of `history`, float32 [steps, tensors], to `amaxes`, one a tensor, where they are larger or NaN."""
-    for t in range(history.shape[1]):
+def current_scale(amax: float, maximum: float, epsilon: float, power_of_two: bool) -> float:
+    """`octavo.scaling.amax_scale` of one amax; all four are taken to float32 first."""
+    peak = max(np.float32(amax), np.float32(epsilon)) if amax == amax else np.float32(np.nan)
+    if not (peak > 0 and np.isfinite(peak)):
+        return 1.0
+    scale = min(np.float32(maximum) / peak, np.float32(3.4028234663852886e38))
+    if power_of_two:
+        exponent = np.float32(scale).view(np.int32) & np.int32(0x7F800000)
+        scale = np.int32(exponent).view(np.float32)
+    return np.float64(scale)  # type: ignore[no-any-return]
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def gather_amax(history: int, amaxes: Any) -> None:
+    """Raise row 0 of the history at that address, float32 [steps, tensors], to `amaxes`, one a tensor, where they are larger or NaN."""
+    row = carray(_at(history), (len(amaxes),), np.float32)
+    for t in range(len(amaxes)):
         amax = np.float32(amaxes[t])
-        if amax > history[0, t] or np.isnan(amax):
-            history[0, t] = amax
+        if amax > row[t] or np.isnan(amax):
+            row[t] = amax
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -179,3 +205,14 @@ def roll_history(history: Any, before: Any, scale: Any, maximum: Any, margin: fl
         if peak > 0 and np.isfinite(peak):
             ratio = maximum[t] * np.float32(margin) / peak
             scale[t] = ratio if np.isfinite(ratio) else np.float32(3.4028234663852886e38)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def roll_history_at(
+    history: int, steps: int, before: int, scale: int, maximum: Any, margin: float, most_recent: bool
+) -> None:
+    """`roll_history` of the arrays at these addresses; maximum is an array, whose length says how many tensors there are."""
+    tensors = (len(maximum),)
+    rows = carray(_at(history), (steps, len(maximum)), np.float32)
+    old, new = carray(_at(before), tensors, np.float32), carray(_at(scale), tensors, np.float32)
+    roll_history(rows, old, new, maximum, margin, most_recent)

@@ -174,7 +174,7 @@ def _end_backward() -> None:
 def _reduce(layers: Iterable[Scaled], *, backward: bool, group: Any) -> None:
     """The maximum over all ranks of each layer's new amaxes, in place, in one collective."""
     distributed = torch.distributed
-    if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size(group) == 1:
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size(group) == 1:
         return
     # In the order the layers were made, which is the same on every rank.
     in_order = sorted(layers, key=lambda layer: layer.serial)

@@ -84,7 +84,7 @@ class Linear(nn.Linear, ScaledLayer):
             self.weight,
             self.bias,
             *self._kept(is_first_microbatch),
-            self.scale_forward if compiling else self.scales_for(repeating=repeating),
+            self.scales_for(repeating=repeating),
             self.scale_backward,
             self.amax_history_backward,
             recipe.cast_key,

@@ -12,14 +12,13 @@ import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from octavo.kernels import cpu
 from octavo.recipes import Recipe, TensorSpec
 from octavo.rounding import Rounding
-from octavo.scaling import Current, Delayed, amax_scale
+from octavo.scaling import Current, Delayed
 from octavo.torch import context
 from octavo.torch.gemm import matmul, operand_dtype
 from octavo.torch.state import gather
@@ -73,8 +72,8 @@ class _Cast:
         values = torch.empty(x.shape, dtype=operand_dtype())
         source, scale = _buffer(x), delayed if self._delayed else 1.0
         if self._current is not None:
-            amax = np.array([cpu.amax(source)], np.float32)
-            scale = float(amax_scale(amax, self._maximum, self._current)[0])
+            current = self._current
+            scale = cpu.current_scale(cpu.amax(source), self._maximum, current.epsilon, current.power_of_two)
         return values, _inverse(scale), self._caster(source, _buffer(values), scale)
 
 

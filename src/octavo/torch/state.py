@@ -48,7 +48,7 @@ def gather(history: Tensor, amaxes: Tensor | tuple[float, ...]) -> None:
         row = history[0]
         torch.maximum(row, amaxes, out=row)
     else:  # the same on the memory itself: eager CPU layers have floats, and torch's dispatch would cost more than the work
-        cpu.gather_amax(history.numpy(), amaxes)
+        cpu.gather_amax(history.data_ptr(), amaxes)
 
 
 class ScaledLayer(nn.Module):
@@ -178,7 +178,8 @@ class ScaledLayer(nn.Module):
         maximum = _maxima_array(self.progress.recipe, backward)
         if history.device.type == "cpu" and isinstance(scaling.algorithm, AmaxAlgorithm):
             most_recent = scaling.algorithm is AmaxAlgorithm.MOST_RECENT
-            cpu.roll_history(history.numpy(), before.numpy(), scale.numpy(), maximum, 2.0**-scaling.margin, most_recent)
+            addresses = history.data_ptr(), history.shape[0], before.data_ptr(), scale.data_ptr()
+            cpu.roll_history_at(*addresses, maximum, 2.0**-scaling.margin, most_recent)
             return
         with torch.no_grad():
             rolled, moved = roll_history(history, before, torch.from_numpy(maximum).to(history.device), scaling)
