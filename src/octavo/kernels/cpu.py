@@ -11,7 +11,7 @@ import numpy as np
 from numba import carray, njit
 
 from octavo.formats import Format
-from octavo.kernels import loops, memory, threads
+from octavo.kernels import loops, memory, threads, wide
 from octavo.kernels.loops import CHUNK, Kind, Slot
 from octavo.reference import overflow_codes, reject_nan
 from octavo.rounding import Overflow, Rounding
@@ -52,7 +52,7 @@ class Caster:
     def __init__(self, format: Format, rounding: Rounding, overflow: Overflow) -> None:
         self.format = format
         self._mode = _MODES[rounding]
-        self._kernels = loops.cast32.ctypes, loops.cast64.ctypes
+        self._kernels = loops.cast32.ctypes, wide.cast64.ctypes
         self._slots = _LAYOUT.pack(*(0,) * Slot.MANTISSA_BITS, *_format_slots(format, overflow, rounding))
 
     def __call__(
@@ -60,12 +60,12 @@ class Caster:
     ) -> float:
         """The amax of the source.  The seed is not checked to be there, nor either counter to be in range."""
         address, kind, size = source
-        wide = kind is Kind.FLOAT64 or not self.format.signed
+        in_float64 = kind is Kind.FLOAT64 or not self.format.signed
         arguments = _Arguments.from_buffer_copy(self._slots)
         _HEAD.pack_into(
             arguments, 0, address, target[0], size, kind, target[1], 0, 0, scale, divisor, self._mode, seed, offset
         )
-        peak = _run(self._kernels[wide], arguments, size, wide)
+        peak = _run(self._kernels[in_float64], arguments, size, in_float64)
         if peak != peak and self.format.nan_code is None:
             raise reject_nan(self.format)
         return peak
@@ -144,10 +144,10 @@ _LAYOUT = struct.Struct(f"{_HEAD.format}{len(Slot) - Slot.MANTISSA_BITS}q")
 _Arguments: Any = ctypes.c_char * _LAYOUT.size
 
 
-def _run(kernel: Any, arguments: Any, size: int, wide: bool) -> float:
+def _run(kernel: Any, arguments: Any, size: int, in_float64: bool) -> float:
     """Call a kernel on as many threads as its size is worth, and return the amax that it found."""
     threads.run(kernel, ctypes.addressof(arguments), 1 if size < SERIAL else min(threads.count(), size // SERIAL + 1))
-    return float(struct.unpack_from("<d" if wide else "<f", arguments, 8 * Slot.AMAX)[0])
+    return float(struct.unpack_from("<d" if in_float64 else "<f", arguments, 8 * Slot.AMAX)[0])
 
 
 def _counter(name: str, value: int, end: int) -> int:

@@ -19,11 +19,14 @@ from numba import carray, cfunc, njit, types
 from octavo.kernels.memory import at as _at
 from octavo.kernels.memory import atomic_add as _atomic_add
 from octavo.kernels.memory import atomic_max as _atomic_max
+from octavo.kernels.memory import prefetch as _prefetch
 
-__all__ = ["CHUNK", "Kind", "Slot", "amax", "cast32", "cast64"]
+__all__ = ["CHUNK", "Kind", "Slot", "amax", "cast32"]
 
 CHUNK = 16384
 """Elements a thread takes at a time: a multiple of 4 (Philox's block), small enough for the second-level cache."""
+TILE, AHEAD = 256, 1024
+"""Elements rounded at a time, and how far ahead of them memory is asked for: else each store would wait to read what it overwrites."""
 
 
 class Kind(enum.IntEnum):
@@ -251,6 +254,8 @@ def cast32(arguments):
     half = F32(2) if mode == TOWARD_ZERO else F32(0.5) if mode == NEAREST_AWAY else F32(0)
     loaded, rounded = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
     draws = np.empty(CHUNK + 8 if mode == STOCHASTIC else 0, np.uint32)
+    narrow = mode == NEAREST_EVEN and target == BFLOAT16 and divisor == F32(1)
+    direct, width = narrow or target == FLOAT32, 2 if narrow else 4
     peak = I32(0)
     while True:
         start = _atomic_add(arguments + 8 * NEXT_CHUNK, 1) * CHUNK
@@ -266,12 +271,31 @@ def cast32(arguments):
         if target == FLOAT32:
             out = carray(_at(p[TARGET] + 4 * start), (size,), np.float32)
         halves = carray(_at(p[TARGET] + 2 * start), (size,), np.uint16)
-        if mode == NEAREST_EVEN and target == BFLOAT16 and divisor == F32(1):
-            found = _nearest_to_bfloat16(x_f, x_i, halves, scale, shift, e_min, limit, top, over, inf, zero_sign)
-            peak = max(peak, found)
-            continue
         if mode == NEAREST_EVEN:
-            found = _nearest_to_float32(x_f, x_i, out, scale, divisor, shift, e_min, limit, top, over, inf, zero_sign)
+            source = p[SOURCE] + 4 * start if kind == FLOAT32 else loaded.ctypes.data
+            into = p[TARGET] + width * start if direct else rounded.ctypes.data
+            tiled = size - size % TILE
+            found = I32(0)
+            for t in range(0, tiled, TILE):
+                if kind == FLOAT32:
+                    _prefetch(source + 4 * (t + AHEAD), into + width * (t + AHEAD), TILE // 16)
+                f = carray(_at(source + 4 * t), (TILE,), np.float32)
+                b = carray(_at(source + 4 * t), (TILE,), np.int32)
+                if narrow:
+                    o = carray(_at(into + 2 * t), (TILE,), np.uint16)
+                    part = _nearest_to_bfloat16(f, b, o, scale, shift, e_min, limit, top, over, inf, zero_sign)
+                else:
+                    o = carray(_at(into + 4 * t), (TILE,), np.float32)
+                    part = _nearest_to_float32(f, b, o, scale, divisor, shift, e_min, limit, top, over, inf, zero_sign)
+                found = max(found, part)
+            f, b = x_f[tiled:], x_i[tiled:]
+            if narrow:
+                part = _nearest_to_bfloat16(f, b, halves[tiled:], scale, shift, e_min, limit, top, over, inf, zero_sign)
+            else:
+                part = _nearest_to_float32(
+                    f, b, out[tiled:], scale, divisor, shift, e_min, limit, top, over, inf, zero_sign
+                )
+            found = max(found, part)
         else:
             if mode == STOCHASTIC:
                 _fill_random(draws, (size + 7) // 4, (p[OFFSET] + start) >> 2, p[SEED])
@@ -280,6 +304,8 @@ def cast32(arguments):
                 x_f, x_i, out, scale, divisor, shift, e_min, limit, top, over, inf, zero_sign, half, draws, lane
             )
         peak = max(peak, found)
+        if narrow:
+            continue
         if target == BFLOAT16:
             _store_bfloat16(out.view(np.int32), halves)
         elif target == FLOAT16:
@@ -288,84 +314,6 @@ def cast32(arguments):
             codes = carray(_at(p[TARGET] + start), (size,), np.uint8)
             _store_codes(out.view(np.int32), codes, m, p[BIAS], p[INF_CODE], p[NAN_CODE], p[SIGN_MASK])
     _atomic_max(arguments + 8 * AMAX, np.int64(peak))
-
-
-@compiled
-def _code_of(value, p, draw):
-    """The code of one float64 under the arguments `p`, as `reference.encode` defines it."""
-    m, nan, signed = p[MANTISSA_BITS], p[NAN_CODE], p[SIGN_MASK] != 0
-    magnitude, negative = abs(value), _bits64(value) < 0
-    if not signed and magnitude == 0:
-        return p[ZERO_CODE]
-    if np.isnan(value) or (negative and not signed):
-        return nan
-    code = p[INF_BECOMES]
-    if not np.isinf(value):
-        magnitude = min(magnitude, 2.0**200)
-        lowest = np.int64(0 if signed or p[ROUNDING] == NEAREST_EVEN else 1)  # as in the reference
-        exponent = max((_bits64(magnitude) >> 52) - 1023, 1 - p[BIAS] - lowest)
-        in_ulps = magnitude * _real64((1023 + m - exponent) << 52)
-        whole = np.floor(in_ulps)
-        fraction = in_ulps - whole
-        up = False
-        if p[ROUNDING] == NEAREST_EVEN:
-            up = fraction > 0.5 or (fraction == 0.5 and whole % 2 == 1)
-        elif p[ROUNDING] == NEAREST_AWAY:
-            up = fraction >= 0.5
-        elif p[ROUNDING] == STOCHASTIC:
-            up = np.int64(fraction * 4294967296.0) + draw >= 1 << 32
-        code = max(np.int64(whole) + np.int64(up) + ((exponent - 1 + p[BIAS]) << m), 0)
-        code = p[OVERFLOW_CODE] if code > p[MAX_CODE] else code
-    if negative and code != nan and (p[NEGATIVE_ZERO] or code != 0):
-        code |= p[SIGN_MASK]
-    return code
-
-
-@kernel
-def cast64(arguments):
-    """Any source, rounded in float64: for float64 itself, and for E8M0, whose range leaves float32 no room to round in."""
-    p = carray(_at(arguments), (SLOTS,), np.int64)
-    n, kind, target = p[SIZE], p[SOURCE_KIND], p[TARGET_KIND]
-    scale, divisor = _real64(p[SCALE]), _real64(p[DIVISOR])
-    values = carray(_at(p[VALUES]), (256,), np.float32)
-    loaded, rounded = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
-    draws = np.zeros(CHUNK + 8, np.uint32)
-    peak = np.int64(0)
-    while True:
-        start = _atomic_add(arguments + 8 * NEXT_CHUNK, 1) * CHUNK
-        if start >= n:
-            break
-        size = min(CHUNK, n - start)
-        x = carray(_at(p[SOURCE] + 8 * start), (size,), np.float64)
-        if kind == FLOAT32:
-            loaded[:size] = carray(_at(p[SOURCE] + 4 * start), (size,), np.float32)
-        elif kind != FLOAT64:
-            _load(carray(_at(p[SOURCE] + 2 * start), (size,), np.uint16), loaded.view(np.int32), kind == BFLOAT16)
-        if p[ROUNDING] == STOCHASTIC:
-            _fill_random(draws, (size + 7) // 4, (p[OFFSET] + start) >> 2, p[SEED])
-        codes = carray(_at(p[TARGET] + start), (size,), np.uint8)
-        wide = carray(_at(p[TARGET] + 8 * start), (size,), np.float64)
-        for i in range(size):
-            if kind == FLOAT64:
-                peak = max(peak, _magnitude64(x[i]))
-                value = x[i] * scale
-            else:
-                peak = max(peak, _magnitude64(np.float64(loaded[i])))
-                value = np.float64(loaded[i] * F32(scale))
-            code = _code_of(value, p, np.int64(draws[(p[OFFSET] & 3) + i]))
-            if target == CODES:
-                codes[i] = np.uint8(code)
-            elif target == FLOAT64:
-                wide[i] = np.float64(values[code]) / divisor
-            else:
-                rounded[i] = values[code] / F32(divisor)
-        if target == FLOAT32:
-            carray(_at(p[TARGET] + 4 * start), (size,), np.float32)[:] = rounded[:size]
-        elif target == BFLOAT16:
-            _store_bfloat16(rounded.view(np.int32), carray(_at(p[TARGET] + 2 * start), (size,), np.uint16))
-        elif target == FLOAT16:
-            _store_float16(rounded.view(np.int32), carray(_at(p[TARGET] + 2 * start), (size,), np.uint16))
-    _atomic_max(arguments + 8 * AMAX, peak)
 
 
 @kernel

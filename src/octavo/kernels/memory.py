@@ -1,15 +1,15 @@
-"""Pointers and atomic counters for the compiled kernels."""
+"""Pointers, atomic counters and prefetching for the compiled kernels."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-__all__ = ["at", "atomic_add", "atomic_max"]
+__all__ = ["at", "atomic_add", "atomic_max", "prefetch"]
 
 
 def _atomic(operation: str) -> Any:
@@ -37,3 +37,32 @@ def at(typing_context, address):
         return builder.inttoptr(arguments[0], cgutils.voidptr_t)
 
     return types.voidptr(types.int64), generate
+
+
+def _prefetch_line(write: bool) -> Any:
+    """A compiled `f(address)`: ask for the cache line there, to read it or to overwrite it.  Never faults."""
+
+    @intrinsic
+    def ask(typing_context, address):
+        def generate(context, builder, signature, arguments):
+            byte, int32 = ir.IntType(8).as_pointer(), ir.IntType(32)
+            kind = ir.FunctionType(ir.VoidType(), [byte, int32, int32, int32])
+            function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+            flags = [ir.Constant(int32, flag) for flag in (int(write), 3, 1)]  # kept in all caches; data, not code
+            builder.call(function, [builder.inttoptr(arguments[0], byte), *flags])
+            return context.get_dummy_value()
+
+        return types.void(types.int64), generate
+
+    return ask
+
+
+_to_read, _to_write = _prefetch_line(False), _prefetch_line(True)
+
+
+@njit(cache=True)
+def prefetch(source, target, lines):
+    """Ask for `lines` cache lines from `source` on, to read them, and from `target` on, to overwrite them."""
+    for line in range(lines):
+        _to_read(source + 64 * line)
+        _to_write(target + 64 * line)
