@@ -193,7 +193,8 @@ def test_nan_and_inf_show_in_the_result_and_leave_scales_finite(name: str, bad: 
 @pytest.mark.parametrize(
     ("x", "message"),
     [
-        (torch.zeros(3, 6, dtype=torch.int64), "floating-point input; got torch.int64"),
+        (torch.zeros(3, 6, dtype=torch.int64), "takes float32, bfloat16, float16, float64; got torch.int64"),
+        (torch.zeros(3, 6).to(torch.float8_e5m2), "got torch.float8_e5m2: convert it first"),
         (torch.zeros(3, 5), r"takes \[..., 6\]; got \[3, 5\]"),
         (torch.zeros(()), r"takes \[..., 6\]; got \[\]"),
     ],

@@ -183,6 +183,16 @@ def test_evaluation_moves_nothing(where: str) -> None:
     same(([], before), ([], dict(model.state_dict())))
 
 
+def test_evaluating_a_fresh_model_leaves_its_state_empty() -> None:
+    model, x = network(None), batches(1)[0]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with ot.autocast(recipe=RECIPES["delayed"]):
+        with torch.no_grad():
+            model(x)
+        model.eval()(x)
+    same(([], before), ([], dict(model.state_dict())))
+
+
 def test_a_shared_layer_updates_once_per_autocast() -> None:
     shared = ot.Linear(8, 8)
     with ot.autocast(recipe=RECIPES["delayed"]):

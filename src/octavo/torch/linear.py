@@ -76,7 +76,9 @@ class Linear(nn.Linear, ScaledLayer):
             return F.linear(input, self.weight, self.bias)
         self._check(input)
         delayed = recipe.delayed
-        if delayed is not None:
+        grads = torch.is_grad_enabled() or (not compiling and context.inside_function())
+        record = delayed is not None and self.training and grads
+        if delayed is not None and record:
             self.resize_histories(delayed.history)
 
         output, _, operand, facts = ops.linear(
@@ -89,12 +91,11 @@ class Linear(nn.Linear, ScaledLayer):
             self.amax_history_backward,
             recipe.cast_key,
             _activation_dtype(input),
-            self.training and delayed is not None,
+            record,
         )
         if is_first_microbatch:
             self._kept_weight = _keep(operand, facts) if recipe.output.right is not None else (None, None)
-        learning = torch.is_grad_enabled() or (not compiling and context.inside_function())
-        if delayed is not None and self.training and learning and not repeating:
+        if record and not repeating:
             self.gather_forward(facts[2:])
             if frame is None:
                 self.update_forward_in_place()
@@ -113,10 +114,9 @@ class Linear(nn.Linear, ScaledLayer):
         return frame.recipe or self.recipe or DEFAULT_RECIPE
 
     def _check(self, input: Tensor) -> None:
-        if not input.is_floating_point():
-            raise ValueError(
-                f"Linear takes a floating-point input; got {input.dtype}: convert it first (input.float())"
-            )
+        if input.dtype not in ops.KINDS:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in ops.KINDS)
+            raise ValueError(f"Linear takes {names}; got {input.dtype}: convert it first (input.float())")
         if input.dim() == 0 or input.shape[-1] != self.in_features:
             raise ValueError(
                 f"Linear({self.in_features}, {self.out_features}) takes [..., {self.in_features}]; got {list(input.shape)}: "

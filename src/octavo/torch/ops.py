@@ -23,24 +23,19 @@ from octavo.torch import context
 from octavo.torch.gemm import matmul, operand_dtype
 from octavo.torch.state import gather
 
-__all__ = ["linear"]
+__all__ = ["KINDS", "linear"]
 
-INPUT, WEIGHT, OUTPUT = range(3)
-"""Columns of the forward scales and histories."""
-GRAD_OUTPUT, GRAD_INPUT = range(2)
-"""Columns of the backward scales and histories."""
-
-
-_KINDS = {
+KINDS = {
     torch.float32: cpu.Kind.FLOAT32,
     torch.bfloat16: cpu.Kind.BFLOAT16,
     torch.float16: cpu.Kind.FLOAT16,
     torch.float64: cpu.Kind.FLOAT64,
 }
+"""The dtypes that a layer takes, as the kernels know them."""
 
 
 def _buffer(x: Tensor) -> cpu.Buffer:
-    return cpu.Buffer(x.data_ptr(), _KINDS[x.dtype], x.numel())
+    return cpu.Buffer(x.data_ptr(), KINDS[x.dtype], x.numel())
 
 
 def _inverse(scale: float) -> float:
