@@ -59,6 +59,8 @@ class _Active(threading.local):
     frame: Frame | None = None
     updating: int = -1
     """The backward pass at whose end the scales will move."""
+    took_part: dict[Scaled, None] | None = None
+    """The layers that took part in it; None where they are not known, in compiled code."""
     group: Any = None
     """The process group of the last `autocast` left, for the backward pass that follows it."""
 
@@ -155,33 +157,39 @@ def update_alone(layer: Scaled) -> None:
     layer.update_forward()
 
 
-def update_after_backward() -> None:
-    """Have the backward scales updated once, when the running backward pass ends."""
+def update_after_backward(layer: Scaled | None) -> None:
+    """Have the backward scales of `layer`, of any layer where it is None, updated once, when the running backward pass ends."""
     task = torch._C._current_graph_task_id()
     if task == -1:
         return
     if _active.updating != task:
-        _active.updating = task
+        _active.updating, _active.took_part = task, {}
         torch.autograd.Variable._execution_engine.queue_callback(_end_backward)
+    if layer is None:
+        _active.took_part = None
+    elif _active.took_part is not None:
+        _active.took_part[layer] = None
 
 
 def _end_backward() -> None:
-    _reduce(_layers, backward=True, group=_active.group)
-    for layer in _layers:
+    alone = not _reduce(_layers, backward=True, group=_active.group)
+    layers, _active.took_part = _active.took_part, None
+    for layer in list(_layers) if layers is None or not alone else layers:
         layer.update_backward()
 
 
-def _reduce(layers: Iterable[Scaled], *, backward: bool, group: Any) -> None:
-    """The maximum over all ranks of each layer's new amaxes, in place, in one collective."""
+def _reduce(layers: Iterable[Scaled], *, backward: bool, group: Any) -> bool:
+    """The maximum over all ranks of each layer's new amaxes, in place, in one collective; whether there are other ranks."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size(group) == 1:
-        return
+        return False
     # In the order the layers were made, which is the same on every rank.
     in_order = sorted(layers, key=lambda layer: layer.serial)
     rows = [row for layer in in_order for row in layer.rows_to_reduce(backward=backward)]
     if not rows:
-        return
+        return True
     together = torch.cat(rows)
     distributed.all_reduce(together, op=distributed.ReduceOp.MAX, group=group)
     for row, reduced in zip(rows, together.split([row.numel() for row in rows]), strict=True):
         row.copy_(reduced)
+    return True

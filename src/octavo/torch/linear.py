@@ -82,6 +82,7 @@ class Linear(nn.Linear, ScaledLayer):
             self.resize_histories(delayed.history)
 
         output, _, operand, facts = ops.linear(
+            self,
             input if input.dim() == 2 else input.reshape(-1, self.in_features),
             self.weight,
             self.bias,

@@ -135,21 +135,21 @@ _library.define(
 )
 
 
-def linear(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor | None, Any]:
-    """output = input @ weight.T + bias, cast as `recipe` says: `linear(input, weight, bias, kept_weight, kept_factor, scales, grad_scales,
-    grad_history, recipe, dtype, record)`.
+def linear(layer: Any, *arguments: Any) -> tuple[Tensor, Tensor | None, Tensor | None, Any]:
+    """output = input @ weight.T + bias, cast as `recipe` says, of `linear(layer, input, weight, bias, kept_weight, kept_factor, scales,
+    grad_scales, grad_history, recipe, dtype, record)`.
 
-    input: [T, I]; weight: [O, I]; bias: [O] or None; kept_weight, kept_factor: the weight operand of an earlier call and, float32 [1],
-    what undoes its scale, to use again, or None; scales: float32 [3] (input, weight, output); grad_scales, grad_history: float32 [2] and
-    [steps, 2] (grad_output, grad_input), for the backward pass; recipe: a `Recipe.cast_key`; dtype: of the output; record: whether the
-    backward pass takes its amaxes into row 0 of grad_history.  Returns output [T, O]; the operands of input and weight as multiplied,
-    empty where the recipe leaves them in high precision; and facts, float32 [5]: the factors that undo the scales of input and weight,
-    the amaxes of input, weight and output.
+    layer: whose scales these are; input: [T, I]; weight: [O, I]; bias: [O] or None; kept_weight, kept_factor: the weight operand of an
+    earlier call and, float32 [1], what undoes its scale, to use again, or None; scales: float32 [3] (input, weight, output);
+    grad_scales, grad_history: float32 [2] and [steps, 2] (grad_output, grad_input), for the backward pass; recipe: a `Recipe.cast_key`;
+    dtype: of the output; record: whether the backward pass takes its amaxes into row 0 of grad_history.
+    Returns output [T, O]; the operands of input and weight as multiplied, empty where the recipe leaves them in high precision; and
+    facts, float32 [5]: the factors that undo the scales of input and weight, the amaxes of input, weight and output.
     Eager CPU tensors are not dispatched: facts are then Python floats, and None stands for the operands that are not needed.
     """
     if torch.compiler.is_compiling():
         return torch.ops.octavo.linear.default(*arguments)  # type: ignore[no-any-return]
-    return _Linear.apply(_plain(arguments[0]), *arguments)  # type: ignore[no-any-return, no-untyped-call]
+    return _Linear.apply(layer if _plain(arguments[0]) else None, *arguments)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _forward(
@@ -268,7 +268,7 @@ def _linear_backward_cpu(
     """
     *gradients, amaxes = _backward(_table(recipe), grad_output, input, weight, facts.tolist(), scales, needs)
     if record:
-        context.update_after_backward()
+        context.update_after_backward(None)
     one, two, three = (grad_output.new_empty(0) if gradient is None else gradient for gradient in gradients)
     return one, two, three, torch.tensor(amaxes)
 
@@ -297,18 +297,19 @@ def _plain(x: Tensor) -> bool:
 
 
 class _Linear(torch.autograd.Function):
-    """The gradients of `octavo::linear` by `octavo::linear_backward`, or, where `direct`, both without the dispatcher.
+    """The gradients of `octavo::linear` by `octavo::linear_backward`, or, where a layer is given, both without the dispatcher.
 
     Then facts and amaxes are Python floats, and an operand that was not cast is None.
     """
 
     @staticmethod
-    def forward(ctx: Any, direct: bool, *arguments: Any) -> tuple[Any, ...]:
+    def forward(ctx: Any, layer: Any, *arguments: Any) -> tuple[Any, ...]:
         input, weight, bias, kept, factor, scales, ctx.grad_scales, ctx.grad_history, ctx.recipe, dtype, ctx.record = (
             arguments
         )
         table = _table(ctx.recipe)
-        if direct:
+        ctx.layer = layer
+        if layer is not None:
             output, x, w, ctx.facts = _forward(table, input, weight, bias, kept, factor, scales, dtype)
             ctx.save_for_backward(x if table.cast[0] else input, w if table.cast[1] else weight)
             operand = None if table.output.right is None else w
@@ -335,7 +336,7 @@ class _Linear(torch.autograd.Function):
             input, weight = ctx.saved_tensors
             *gradients, amaxes = _backward(table, grad_output, input, weight, ctx.facts, ctx.grad_scales, needs)
             if ctx.record:
-                context.update_after_backward()
+                context.update_after_backward(ctx.layer)
         else:
             *found, amaxes = torch.ops.octavo.linear_backward.default(
                 grad_output, *ctx.saved_tensors, ctx.grad_scales, ctx.recipe, needs, ctx.record
@@ -347,7 +348,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _linear_autograd(*arguments: Any) -> Any:
-    return _Linear.apply(False, *arguments)  # type: ignore[no-untyped-call]
+    return _Linear.apply(None, *arguments)  # type: ignore[no-untyped-call]
 
 
 _library.impl("linear", _linear_cpu, "CPU")
