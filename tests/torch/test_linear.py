@@ -270,3 +270,10 @@ def test_state_stays_float32_when_the_model_is_converted() -> None:
     assert layer.weight.dtype == torch.bfloat16
     assert layer.scale_forward.equal(before)
     assert layer.amax_history_forward.dtype == torch.float32
+
+
+def test_lazily_negated_inputs() -> None:
+    layer, x = ot.Linear(3, 2, recipe=current_scaling()), torch.randn(4, 3)
+    negated = torch.complex(torch.zeros(4, 3), x).conj().imag
+    assert negated.is_neg()
+    assert layer(negated).equal(layer(-x))

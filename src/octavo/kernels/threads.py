@@ -47,6 +47,10 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="octavo")
 
 
+if hasattr(os, "register_at_fork"):  # a forked child has the pool, but not its threads
+    os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
 def run(kernel: Any, arguments: int, threads: int) -> None:
     """Call `kernel(arguments)` once on each of `threads` threads and wait.
 

@@ -63,7 +63,7 @@ class _Cast:
 
         delayed: the scale that the tensor's history gives, where the recipe goes by it.
         """
-        x = x if x.is_contiguous() else x.contiguous()
+        x = x.resolve_neg() if x.is_neg() else x if x.is_contiguous() else x.contiguous()
         values = torch.empty(x.shape, dtype=operand_dtype())
         source, scale = _buffer(x), delayed if self._delayed else 1.0
         if self._current is not None:
