@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -38,42 +36,33 @@ def pin_threads(count: int) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """The hardware and the versions that a result was measured with."""
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    flags = ""
-    if info.exists():
-        fields = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
-        fields = {key.strip(): value.strip() for key, value in fields.items()}
-        model, flags = fields.get("model name", model), fields.get("flags", "")
-    packages = ("octavo", "torch", "numpy", "numba", "ml_dtypes", "torchao", "qtorch")
-    versions = {}
-    for package in packages:
+    """The hardware and the versions that a result was measured with: the comparison's own, the vector units and the peers."""
+    import torch
+
+    from octavo.lab import report
+
+    has = torch.cpu.get_capabilities()
+    where = report.environment()
+    where["units"] = [unit for unit in ("avx2", "avx512_f", "avx512_bf16", "amx_bf16") if has.get(unit, False)]
+    for package in ("ml_dtypes", "torchao", "qtorch"):
         try:
-            versions[package] = metadata.version(package)
+            where[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    units = [unit for unit in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if unit in flags.split()]
-    return {
-        "date": datetime.now(UTC).date().isoformat(),
-        "processor": model,
-        "units": units,
-        "cores": os.cpu_count(),
-        "system": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-        "versions": versions,
-    }
+            where[package] = "not installed"
+    return where
 
 
 def save(name: str, rows: list[dict[str, Any]], text: str) -> None:
     """Print the text; keep it, and the rows as JSON, under `results/`, dated."""
     where = environment()
-    head = f"{where['date']}  {where['processor']} ({' '.join(where['units'])}), {where['cores']} cores, Python {where['python']}"
-    versions = "  ".join(f"{package} {version}" for package, version in where["versions"].items())
+    date = where["date"].split()[0]
+    packages = ("octavo", "torch", "numpy", "numba", "ml_dtypes", "torchao", "qtorch")
+    head = f"{date}  {where['hardware']} ({' '.join(where['units'])}), {where['cores']} cores, Python {where['python']}"
+    versions = "  ".join(f"{package} {where[package]}" for package in packages)
     report = f"{head}\n{versions}\n\n{text}\n"
     print(report)
     RESULTS.mkdir(exist_ok=True)
-    stem = RESULTS / f"{where['date']}-{name}"
+    stem = RESULTS / f"{date}-{name}"
     stem.with_suffix(".txt").write_text(report)
     stem.with_suffix(".json").write_text(json.dumps({"environment": where, "rows": rows}, indent=1) + "\n")
     print(f"kept as {stem.relative_to(Path.cwd()) if stem.is_relative_to(Path.cwd()) else stem}.txt and .json")
