@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from octavo.formats import E4M3FN, E5M2
-from octavo.kernels import cpu
+from octavo.kernels import scales as kernels_scales
 from octavo.scaling import AmaxAlgorithm, Current, Delayed, Unscaled, amax_scale, roll_history
 
 F32 = np.float32
@@ -78,7 +78,7 @@ def test_current_scales_are_those_of_the_book(
         [patterns, F32([0, INF, NAN, SUBNORMAL, 2.0**-126, 1e-38, FLT_MAX]), 2.0 ** np.arange(-10, 10, dtype=F32)]
     )
     scales = np.asarray(amax_scale(array(amaxes), maximum, Current(power_of_two=power_of_two, epsilon=epsilon)))
-    compiled = [cpu.current_scale(float(amax), maximum, epsilon, power_of_two) for amax in amaxes]
+    compiled = [kernels_scales.current_scale(float(amax), maximum, epsilon, power_of_two) for amax in amaxes]
     assert np.array_equal(np.array(compiled), scales)
     expected = np.array([current_by_the_book(float(amax), maximum, power_of_two, epsilon) for amax in amaxes])
     assert scales.dtype == np.float32
@@ -129,7 +129,7 @@ def compiled(history: Any, before: Any, maximum: Any, scaling: Delayed) -> tuple
     """The compiled update, the next scales in memory of their own."""
     history, kept, scale = history.copy(), before.copy(), np.full_like(before, NAN)
     most_recent = scaling.algorithm is AmaxAlgorithm.MOST_RECENT
-    cpu.roll_history(history, before, scale, maximum, 2.0**-scaling.margin, most_recent)
+    kernels_scales.roll_history(history, before, scale, maximum, 2.0**-scaling.margin, most_recent)
     assert np.array_equal(before, kept)
     return history, scale
 
@@ -137,7 +137,7 @@ def compiled(history: Any, before: Any, maximum: Any, scaling: Delayed) -> tuple
 def compiled_in_place(history: Any, scale: Any, maximum: Any, scaling: Delayed) -> tuple[Any, Any]:
     """The compiled update, the next scales over the old ones."""
     history, scale = history.copy(), scale.copy()
-    cpu.roll_history(
+    kernels_scales.roll_history(
         history, scale, scale, maximum, 2.0**-scaling.margin, scaling.algorithm is AmaxAlgorithm.MOST_RECENT
     )
     return history, scale

@@ -20,10 +20,11 @@ from octavo.kernels.memory import at as _at
 from octavo.kernels.memory import atomic_add as _atomic_add
 from octavo.kernels.memory import atomic_max as _atomic_max
 from octavo.kernels.memory import prefetch as _prefetch
+from octavo.kernels.memory import wide_vectors as _wide_vectors
 
 __all__ = ["CHUNK", "Kind", "Slot", "amax", "cast32"]
 
-CHUNK = 16384
+CHUNK = 8192
 """Elements a thread takes at a time: a multiple of 4 (Philox's block), small enough for the second-level cache."""
 TILE, AHEAD = 256, 1024
 """Elements rounded at a time, and how far ahead of them memory is asked for: else each store would wait to read what it overwrites."""
@@ -132,6 +133,7 @@ def _nearest(x, scale, shift, e_min, limit, top, over, inf, zero_sign):
 @compiled
 def _nearest_to_float32(x_f, x_i, out, scale, divisor, shift, e_min, limit, top, over, inf, zero_sign):
     """out = nearest-even(x * scale) / divisor; returns the bits of amax(|x|), which order as the values do, NaN on top."""
+    _wide_vectors()
     peak = I32(0)
     for i in range(x_f.size):
         peak = max(peak, I32(x_i[i] & MAGNITUDE))
@@ -142,6 +144,7 @@ def _nearest_to_float32(x_f, x_i, out, scale, divisor, shift, e_min, limit, top,
 @compiled
 def _nearest_to_bfloat16(x_f, x_i, out, scale, shift, e_min, limit, top, over, inf, zero_sign):
     """out (uint16) = nearest-even(x * scale), which bfloat16 holds exactly; returns the bits of amax(|x|)."""
+    _wide_vectors()
     peak = I32(0)
     for i in range(x_f.size):
         peak = max(peak, I32(x_i[i] & MAGNITUDE))
@@ -152,6 +155,7 @@ def _nearest_to_bfloat16(x_f, x_i, out, scale, shift, e_min, limit, top, over, i
 @compiled
 def _any_to_float32(x_f, x_i, out, scale, divisor, shift, e_min, limit, top, over, inf, zero_sign, half, draws, lane):
     """As `_nearest_to_float32`, but up where fraction >= half, or, where half is 0, where fraction * 2**32 + draw carries."""
+    _wide_vectors()
     peak = I32(0)
     up_m = I32((23 << 23) - shift)
     for i in range(x_f.size):
@@ -176,6 +180,7 @@ def _any_to_float32(x_f, x_i, out, scale, divisor, shift, e_min, limit, top, ove
 @compiled
 def _fill_random(draws, blocks, first, seed):
     """Philox4x32-10: four words for each of `blocks` counters from `first` on."""
+    _wide_vectors()
     for b in range(blocks):
         counter = U64(first) + U64(b)
         c0, c1, c2, c3 = counter & LOW, counter >> WORD, U64(0), U64(0)
@@ -193,6 +198,7 @@ def _fill_random(draws, blocks, first, seed):
 @compiled
 def _load(x, out_i, bfloat16):
     """bfloat16 or float16 bits (uint16) to float32 bits, exact."""
+    _wide_vectors()
     if bfloat16:
         for i in range(x.size):
             out_i[i] = I32(U32(x[i]) << U32(16))
@@ -207,6 +213,7 @@ def _load(x, out_i, bfloat16):
 @compiled
 def _store_bfloat16(x_i, out):
     """float32 bits to bfloat16 bits (uint16), to nearest even, NaN kept."""
+    _wide_vectors()
     for i in range(out.size):
         u = U32(x_i[i])
         rounded = (u + U32(0x7FFF) + ((u >> U32(16)) & U32(1))) >> U32(16)
@@ -216,6 +223,7 @@ def _store_bfloat16(x_i, out):
 @compiled
 def _store_float16(x_i, out):
     """float32 bits to float16 bits (uint16), to nearest even, overflow to Inf, NaN kept."""
+    _wide_vectors()
     for i in range(out.size):
         a = I32(x_i[i] & MAGNITUDE)
         c = I32(min(a, I32(0x47800000)))  # 65536, past which all is Inf
@@ -229,6 +237,7 @@ def _store_float16(x_i, out):
 @compiled
 def _store_codes(x_i, out, m, bias, inf_code, nan_code, sign_mask):
     """Representable float32 values to the format's codes (uint8)."""
+    _wide_vectors()
     drop, rebias = I32(23 - m), I32((127 - bias) << m)
     tiny, per_subnormal = _real((128 - bias) << 23), _real((126 + bias + m) << 23)
     inf_code, nan_code, sign_mask = I32(inf_code), I32(nan_code), I32(sign_mask)
@@ -243,6 +252,7 @@ def _store_codes(x_i, out, m, bias, inf_code, nan_code, sign_mask):
 @kernel
 def cast32(arguments):
     """Float32, bfloat16 and float16 sources, scaled and rounded in float32."""
+    _wide_vectors()
     p = carray(_at(arguments), (SLOTS,), np.int64)
     n, kind, target, mode, m = p[SIZE], p[SOURCE_KIND], p[TARGET_KIND], p[ROUNDING], p[MANTISSA_BITS]
     scale, divisor = F32(_real64(p[SCALE])), F32(_real64(p[DIVISOR]))
@@ -319,6 +329,7 @@ def cast32(arguments):
 @kernel
 def amax(arguments):
     """The largest magnitude alone."""
+    _wide_vectors()
     p = carray(_at(arguments), (SLOTS,), np.int64)
     n, kind = p[SIZE], p[SOURCE_KIND]
     loaded = np.empty(CHUNK, np.int32)

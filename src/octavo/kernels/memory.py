@@ -9,7 +9,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-__all__ = ["at", "atomic_add", "atomic_max", "prefetch"]
+__all__ = ["at", "atomic_add", "atomic_max", "prefetch", "wide_vectors"]
 
 
 def _atomic(operation: str) -> Any:
@@ -37,6 +37,18 @@ def at(typing_context, address):
         return builder.inttoptr(arguments[0], cgutils.voidptr_t)
 
     return types.voidptr(types.int64), generate
+
+
+@intrinsic
+def wide_vectors(typing_context):
+    """Have LLVM use the widest vectors there are in the calling function; by itself it stops at 256 bits where AVX-512 has 512."""
+
+    def generate(context, builder, signature, arguments):
+        # llvmlite's own list of attributes has no such key, but LLVM takes any string.
+        set.add(builder.function.attributes, '"prefer-vector-width"="512"')
+        return context.get_dummy_value()
+
+    return types.void(), generate
 
 
 def _prefetch_line(write: bool) -> Any:

@@ -13,7 +13,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-__all__ = ["count", "run"]
+__all__ = ["count", "gomp", "run"]
 
 
 def count() -> int:
@@ -31,7 +31,7 @@ def _default_count() -> int:
 
 
 @functools.cache
-def _gomp() -> Any:
+def gomp() -> Any:
     """libgomp as PyTorch has loaded it, or None where PyTorch brings another OpenMP."""
     try:
         library = ctypes.CDLL("libgomp.so.1")
@@ -58,8 +58,8 @@ def run(kernel: Any, arguments: int, threads: int) -> None:
     """
     if threads <= 1:
         kernel(arguments)
-    elif "torch" in sys.modules and (gomp := _gomp()) is not None:
-        gomp.GOMP_parallel(ctypes.cast(kernel, ctypes.c_void_p), arguments, threads, 0)
+    elif "torch" in sys.modules and (library := gomp()) is not None:
+        library.GOMP_parallel(ctypes.cast(kernel, ctypes.c_void_p), arguments, threads, 0)
     else:
         others = [_pool(threads - 1).submit(kernel, arguments) for _ in range(threads - 1)]
         kernel(arguments)

@@ -14,13 +14,15 @@ from typing import Any
 
 import torch
 
-__all__ = ["matmul", "operand_dtype"]
+__all__ = ["PLAIN", "TRANSPOSED", "bf16_gemm", "inverse", "matmul", "operand_dtype"]
 
-_ROW_MAJOR, _PLAIN, _TRANSPOSED = 101, 111, 112
+_ROW_MAJOR = 101
+PLAIN, TRANSPOSED = 111, 112
+"""How CBLAS spells whether a row-major operand is transposed."""
 
 
 @functools.cache
-def _bf16_gemm() -> Any:
+def bf16_gemm() -> Any:
     """oneMKL's bfloat16 GEMM with float32 results from the library that PyTorch has loaded; None without AMX or without oneMKL."""
     if not torch.cpu.get_capabilities().get("amx_bf16", False):
         return None
@@ -35,9 +37,14 @@ def _bf16_gemm() -> Any:
     return gemm
 
 
+def inverse(scale: float) -> float:
+    """1 / scale, rounded to float32, as the hardware holds it."""
+    return ctypes.c_float(1.0 / scale).value
+
+
 def operand_dtype() -> torch.dtype:
     """What the values of 8-bit operands are held in: the dtype that `matmul` is fastest on."""
-    return torch.float32 if _bf16_gemm() is None else torch.bfloat16
+    return torch.float32 if bf16_gemm() is None else torch.bfloat16
 
 
 def matmul(
@@ -57,7 +64,7 @@ def matmul(
     """
     m, k = a.shape[::-1] if a_transposed else a.shape
     n = b.shape[0] if b_transposed else b.shape[1]
-    gemm = _bf16_gemm()
+    gemm = bf16_gemm()
     if gemm is None or not (a.dtype == b.dtype == torch.bfloat16) or 0 in (m, n, k):
         wide = torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
         a, b = a.to(wide), b.to(wide)
@@ -70,8 +77,8 @@ def matmul(
         out.copy_(bias)
     gemm(
         _ROW_MAJOR,
-        _TRANSPOSED if a_transposed else _PLAIN,
-        _TRANSPOSED if b_transposed else _PLAIN,
+        TRANSPOSED if a_transposed else PLAIN,
+        TRANSPOSED if b_transposed else PLAIN,
         m,
         n,
         k,

@@ -7,122 +7,20 @@ Shapes: T tokens, I input features, O output features.
 
 from __future__ import annotations
 
-import ctypes
-import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from octavo.kernels import cpu
-from octavo.recipes import Recipe, TensorSpec
-from octavo.rounding import Rounding
-from octavo.scaling import Current, Delayed
-from octavo.torch import context
+from octavo.kernels import threads
+from octavo.recipes import Recipe
+from octavo.torch import context, fused
 from octavo.torch.gemm import matmul, operand_dtype
 from octavo.torch.state import gather
+from octavo.torch.table import Table, backward_pass, operand, output_pass, result, table_of
 
-__all__ = ["KINDS", "linear"]
-
-KINDS = {
-    torch.float32: cpu.Kind.FLOAT32,
-    torch.bfloat16: cpu.Kind.BFLOAT16,
-    torch.float16: cpu.Kind.FLOAT16,
-    torch.float64: cpu.Kind.FLOAT64,
-}
-"""The dtypes that a layer takes, as the kernels know them."""
-
-
-def _buffer(x: Tensor) -> cpu.Buffer:
-    return cpu.Buffer(x.data_ptr(), KINDS[x.dtype], x.numel())
-
-
-def _inverse(scale: float) -> float:
-    """1 / scale, rounded to float32, as the hardware holds it."""
-    return ctypes.c_float(1.0 / scale).value
-
-
-class _Cast:
-    """A cell of the recipe's table, ready to cast tensors."""
-
-    __slots__ = ("_caster", "_current", "_delayed", "_maximum")
-
-    def __init__(self, spec: TensorSpec) -> None:
-        if spec.rounding is Rounding.STOCHASTIC:
-            raise ValueError(
-                f"a layer has no random draws to round {spec} stochastically; use another rounding in its recipe"
-            )
-        self._caster = cpu.caster(spec.format, spec.rounding, spec.overflow)
-        self._current = spec.scaling if isinstance(spec.scaling, Current) else None
-        self._delayed = isinstance(spec.scaling, Delayed)
-        self._maximum = spec.format.max
-
-    def __call__(self, x: Tensor, delayed: float) -> tuple[Tensor, float, float]:
-        """A GEMM operand: the values of x's codes, the factor that undoes its scale, and x's amax.
-
-        delayed: the scale that the tensor's history gives, where the recipe goes by it.
-        """
-        x = x.resolve_neg() if x.is_neg() else x if x.is_contiguous() else x.contiguous()
-        values = torch.empty(x.shape, dtype=operand_dtype())
-        source, scale = _buffer(x), delayed if self._delayed else 1.0
-        if self._current is not None:
-            current = self._current
-            scale = cpu.current_scale(cpu.amax(source), self._maximum, current.epsilon, current.power_of_two)
-        return values, _inverse(scale), self._caster(source, _buffer(values), scale)
-
-
-def _operand(x: Tensor, cast: _Cast | None, delayed: float) -> tuple[Tensor, float, float]:
-    """As `_Cast`; where there is none, x itself, the factor 1 and no amax."""
-    return (x.contiguous(), 1.0, 0.0) if cast is None else cast(x, delayed)
-
-
-def _result(y: Tensor, cast: _Cast | None, delayed: float, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """A GEMM result, cast and decoded where the recipe says so, and its amax."""
-    if cast is None:
-        return y, 0.0
-    values, factor, amax = cast(y, delayed)
-    return values.float().mul_(factor).to(dtype), amax
-
-
-class _Row(NamedTuple):
-    """A row of the recipe's table, ready to cast."""
-
-    left: _Cast | None
-    right: _Cast | None
-    result: _Cast | None
-
-
-class _Table(NamedTuple):
-    """A recipe's table, ready to cast."""
-
-    output: _Row
-    grad_input: _Row
-    grad_weight: _Row
-    grad_output_once: bool
-    """Whether grad_output is cast alike in both of its GEMMs."""
-    cast: tuple[bool, bool]
-    """Whether input and weight are, so that the operands of `output` serve the backward pass."""
-
-
-@functools.lru_cache(maxsize=256)
-def _table(recipe: str) -> _Table:
-    table = Recipe.from_cast_key(recipe)
-    rows = (table.output, table.grad_input, table.grad_weight)
-    output, grad_input, grad_weight = (
-        _Row(*(None if spec is None else _Cast(spec) for spec in (row.left, row.right, row.result))) for row in rows
-    )
-    return _Table(
-        output,
-        grad_input,
-        grad_weight,
-        grad_output_once=table.grad_input.left == table.grad_weight.left,
-        cast=(
-            table.output.left is not None and table.output.left == table.grad_weight.right,
-            table.output.right is not None and table.output.right == table.grad_input.right,
-        ),
-    )
-
+__all__ = ["linear"]
 
 _library = torch.library.Library("octavo", "DEF")
 _library.define(
@@ -135,25 +33,27 @@ _library.define(
 )
 
 
-def linear(layer: Any, *arguments: Any) -> tuple[Tensor, Tensor | None, Tensor | None, Any]:
-    """output = input @ weight.T + bias, cast as `recipe` says, of `linear(layer, input, weight, bias, kept_weight, kept_factor, scales,
-    grad_scales, grad_history, recipe, dtype, record)`.
+def linear(layer: Any, keep: bool, *arguments: Any) -> tuple[Tensor, Tensor | None, Tensor | None, Any]:
+    """output = input @ weight.T + bias, cast as `recipe` says, of `linear(layer, keep, input, weight, bias, kept_weight, kept_factor,
+    scales, grad_scales, grad_history, recipe, dtype, record)`.
 
-    layer: whose scales these are; input: [T, I]; weight: [O, I]; bias: [O] or None; kept_weight, kept_factor: the weight operand of an
-    earlier call and, float32 [1], what undoes its scale, to use again, or None; scales: float32 [3] (input, weight, output);
-    grad_scales, grad_history: float32 [2] and [steps, 2] (grad_output, grad_input), for the backward pass; recipe: a `Recipe.cast_key`;
-    dtype: of the output; record: whether the backward pass takes its amaxes into row 0 of grad_history.
+    layer: whose scales these are; keep: whether the weight operand is wanted for later calls; input: [T, I]; weight: [O, I]; bias: [O]
+    or None; kept_weight, kept_factor: the weight operand of an earlier call and, float32 [1], what undoes its scale, to use again, or
+    None; scales: float32 [3] (input, weight, output); grad_scales, grad_history: float32 [2] and [steps, 2] (grad_output, grad_input),
+    for the backward pass; recipe: a `Recipe.cast_key`; dtype: of the output; record: whether the backward pass takes its amaxes into
+    row 0 of grad_history.
     Returns output [T, O]; the operands of input and weight as multiplied, empty where the recipe leaves them in high precision; and
     facts, float32 [5]: the factors that undo the scales of input and weight, the amaxes of input, weight and output.
     Eager CPU tensors are not dispatched: facts are then Python floats, and None stands for the operands that are not needed.
     """
     if torch.compiler.is_compiling():
         return torch.ops.octavo.linear.default(*arguments)  # type: ignore[no-any-return]
-    return _Linear.apply(layer if _plain(arguments[0]) else None, *arguments)  # type: ignore[no-any-return, no-untyped-call]
+    input, weight, bias, *rest = arguments
+    return _Linear.apply(input, weight, bias, (layer if _plain(input) else None, keep, *rest))  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _forward(
-    table: _Table,
+    table: Table,
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -165,14 +65,27 @@ def _forward(
     """`octavo::linear` but for two things: facts are Python floats, and uncast operands are there."""
     row = table.output
     s_input, s_weight, s_output = scales.tolist()
-    x, x_factor, x_amax = _operand(input, row.left, s_input)
+    (t, i), o = input.shape, weight.shape[0]
+    if table.fuses[0] and kept_weight is None and fused.ready(t * i * o, input.dtype, weight.dtype):
+        input, weight = fused.dense(input), fused.dense(weight)
+        x, w = torch.empty(t, i, dtype=torch.bfloat16), torch.empty(o, i, dtype=torch.bfloat16)
+        y = torch.empty(t, o)
+        base = None if bias is None else bias.float().contiguous()
+        (x_factor, x_amax), (w_factor, w_amax) = output_pass(
+            table.recipe, t, i, o, input.dtype, weight.dtype, threads.count()
+        )(
+            ((input.data_ptr(), x.data_ptr(), s_input), (weight.data_ptr(), w.data_ptr(), s_weight)),
+            ((x.data_ptr(), w.data_ptr(), y.data_ptr(), 0 if base is None else base.data_ptr(), 1.0),),
+        )
+        return y if dtype is torch.float32 else y.to(dtype), x, w, (x_factor, w_factor, x_amax, w_amax, 0.0)
+    x, x_factor, x_amax = operand(input, row.left, s_input)
     if kept_weight is None or kept_factor is None:
-        w, w_factor, w_amax = _operand(weight, row.right, s_weight)
+        w, w_factor, w_amax = operand(weight, row.right, s_weight)
     else:
         w, w_factor, w_amax = kept_weight.clone(), kept_factor.item(), 0.0
     wide = dtype if row.result is None else torch.float32
     y = matmul(x, w, b_transposed=True, factor=x_factor * w_factor, bias=bias, dtype=wide)
-    y, y_amax = _result(y, row.result, s_output, dtype)
+    y, y_amax = result(y, row.result, s_output, dtype)
     return y, x, w, (x_factor, w_factor, x_amax, w_amax, y_amax)
 
 
@@ -189,7 +102,7 @@ def _linear_cpu(
     dtype: torch.dtype,
     record: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    table = _table(recipe)
+    table = table_of(recipe)
     y, x, w, facts = _forward(table, input, weight, bias, kept_weight, kept_factor, scales, dtype)
     left, right, _ = table.output
     return y, torch.empty(0) if left is None else x, torch.empty(0) if right is None else w, torch.tensor(facts)
@@ -218,7 +131,7 @@ def _linear_fake(
 
 
 def _backward(
-    table: _Table,
+    table: Table,
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor,
@@ -232,21 +145,38 @@ def _backward(
     dtype = grad_output.dtype
     grad_input = grad_weight = None
     g, g_factor, g_amax, i_amax = grad_output, 1.0, 0.0, 0.0
+    grad_bias = grad_output.sum(0) if needs[2] else None
+    (t, o), i = grad_output.shape, weight.shape[1]
+    if table.fuses[1] and (needs[0] or needs[1]) and fused.ready(t * i * o, dtype):
+        grad_output = fused.dense(grad_output)
+        g = torch.empty(t, o, dtype=torch.bfloat16)
+        products = []
+        if needs[0]:
+            grad_input = torch.empty(t, i)
+            products.append((g.data_ptr(), weight.data_ptr(), grad_input.data_ptr(), 0, w_factor))
+        if needs[1]:
+            grad_weight = torch.empty(o, i)
+            products.append((g.data_ptr(), input.data_ptr(), grad_weight.data_ptr(), 0, x_factor))
+        run = backward_pass(table.recipe, t, i, o, dtype, (needs[0], needs[1]), threads.count())
+        ((_, g_amax),) = run(((grad_output.data_ptr(), g.data_ptr(), s_grad_output),), products)
+        if dtype is not torch.float32:
+            grad_input, grad_weight = (x if x is None else x.to(dtype) for x in (grad_input, grad_weight))
+        return grad_input, grad_weight, grad_bias, (g_amax, 0.0)
     if needs[0]:
         row = table.grad_input
-        g, g_factor, g_amax = _operand(grad_output, row.left, s_grad_output)
-        w, w_factor, _ = (weight, w_factor, 0.0) if table.cast[1] else _operand(weight, row.right, 1.0)
+        g, g_factor, g_amax = operand(grad_output, row.left, s_grad_output)
+        w, w_factor, _ = (weight, w_factor, 0.0) if table.cast[1] else operand(weight, row.right, 1.0)
         grad_input = matmul(g, w, factor=g_factor * w_factor, dtype=dtype if row.result is None else torch.float32)
-        grad_input, i_amax = _result(grad_input, row.result, s_grad_input, dtype)
+        grad_input, i_amax = result(grad_input, row.result, s_grad_input, dtype)
     if needs[1]:
         row = table.grad_weight
         if not (needs[0] and table.grad_output_once):
-            g, g_factor, g_amax = _operand(grad_output, row.left, s_grad_output)
-        x, x_factor, _ = (input, x_factor, 0.0) if table.cast[0] else _operand(input, row.right, 1.0)
+            g, g_factor, g_amax = operand(grad_output, row.left, s_grad_output)
+        x, x_factor, _ = (input, x_factor, 0.0) if table.cast[0] else operand(input, row.right, 1.0)
         wide = dtype if row.result is None else torch.float32
         grad_weight = matmul(g, x, a_transposed=True, factor=g_factor * x_factor, dtype=wide)
-        grad_weight, _ = _result(grad_weight, row.result, 1.0, dtype)
-    return grad_input, grad_weight, grad_output.sum(0) if needs[2] else None, (g_amax, i_amax)
+        grad_weight, _ = result(grad_weight, row.result, 1.0, dtype)
+    return grad_input, grad_weight, grad_bias, (g_amax, i_amax)
 
 
 def _linear_backward_cpu(
@@ -266,7 +196,7 @@ def _linear_backward_cpu(
     wanted; record: whether scales are to be updated when this backward pass ends.  Returns grad_input [T, I], grad_weight [O, I] and
     grad_bias [O], the sum of the uncast grad_output, in grad_output's dtype, empty where not wanted, and amaxes, float32 [2].
     """
-    *gradients, amaxes = _backward(_table(recipe), grad_output, input, weight, facts.tolist(), scales, needs)
+    *gradients, amaxes = _backward(table_of(recipe), grad_output, input, weight, facts.tolist(), scales, needs)
     if record:
         context.update_after_backward(None)
     one, two, three = (grad_output.new_empty(0) if gradient is None else gradient for gradient in gradients)
@@ -303,52 +233,60 @@ class _Linear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, layer: Any, *arguments: Any) -> tuple[Any, ...]:
-        input, weight, bias, kept, factor, scales, ctx.grad_scales, ctx.grad_history, ctx.recipe, dtype, ctx.record = (
-            arguments
-        )
-        table = _table(ctx.recipe)
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, others: Any) -> tuple[Any, ...]:
+        # One argument for all that has no gradient: torch looks at each.
+        layer, keep, kept, factor, scales, ctx.grad_scales, ctx.grad_history, ctx.recipe, dtype, ctx.record = others
+        table = table_of(ctx.recipe)
         ctx.layer = layer
         if layer is not None:
             output, x, w, ctx.facts = _forward(table, input, weight, bias, kept, factor, scales, dtype)
             ctx.save_for_backward(x if table.cast[0] else input, w if table.cast[1] else weight)
-            operand = None if table.output.right is None else w
-            ctx.mark_non_differentiable(*(() if operand is None else (operand,)))
-            returned: tuple[Any, ...] = (output, None, operand, ctx.facts)
-        else:
-            with torch._C._AutoDispatchBelowAutograd():
-                returned = torch.ops.octavo.linear.default(*arguments)
-            _, x, w, facts = returned
-            ctx.facts = None
-            ctx.save_for_backward(x if table.cast[0] else input, w if table.cast[1] else weight, facts)
-            ctx.mark_non_differentiable(x, w, facts)
+            ctx.set_materialize_grads(False)
+            if not keep or table.output.right is None:
+                return output, None, None, ctx.facts
+            ctx.mark_non_differentiable(w)
+            return output, None, w, ctx.facts
+        with torch._C._AutoDispatchBelowAutograd():
+            returned: tuple[Tensor, ...] = torch.ops.octavo.linear.default(input, weight, bias, *others[2:])
+        _, x, w, facts = returned
+        ctx.facts = None
+        ctx.save_for_backward(x if table.cast[0] else input, w if table.cast[1] else weight, facts)
+        ctx.mark_non_differentiable(x, w, facts)
         ctx.set_materialize_grads(False)
         return returned
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if grad_output is None:
-            return (None,) * 12
-        needs = ctx.needs_input_grad[1:4]
-        if ctx.facts is not None:
-            table = _table(ctx.recipe)
-            input, weight = ctx.saved_tensors
-            *gradients, amaxes = _backward(table, grad_output, input, weight, ctx.facts, ctx.grad_scales, needs)
-            if ctx.record:
-                context.update_after_backward(ctx.layer)
-        else:
-            *found, amaxes = torch.ops.octavo.linear_backward.default(
-                grad_output, *ctx.saved_tensors, ctx.grad_scales, ctx.recipe, needs, ctx.record
-            )
-            gradients = [gradient if need else None for gradient, need in zip(found, needs, strict=True)]
+            return (None,) * 4
+        # The decorator would cost each backward pass of a small layer a tenth of its time.
+        return (_refusing_a_second if torch.is_grad_enabled() else _gradients)(ctx, grad_output)
+
+
+def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    needs = ctx.needs_input_grad[:3]
+    if ctx.facts is not None:
+        table = table_of(ctx.recipe)
+        input, weight = ctx.saved_tensors
+        *gradients, amaxes = _backward(table, grad_output, input, weight, ctx.facts, ctx.grad_scales, needs)
         if ctx.record:
-            gather(ctx.grad_history, amaxes)
-        return (None, *gradients, *(None,) * 8)
+            context.update_after_backward(ctx.layer)
+    else:
+        *found, amaxes = torch.ops.octavo.linear_backward.default(
+            grad_output, *ctx.saved_tensors, ctx.grad_scales, ctx.recipe, needs, ctx.record
+        )
+        gradients = [gradient if need else None for gradient, need in zip(found, needs, strict=True)]
+    if ctx.record:
+        gather(ctx.grad_history, amaxes)
+    return (*gradients, None)
+
+
+_refusing_a_second = torch.autograd.function.once_differentiable(_gradients)
 
 
 def _linear_autograd(*arguments: Any) -> Any:
-    return _Linear.apply(None, *arguments)  # type: ignore[no-untyped-call]
+    input, weight, bias, *rest = arguments
+    return _Linear.apply(input, weight, bias, (None, False, *rest))  # type: ignore[no-untyped-call]
 
 
 _library.impl("linear", _linear_cpu, "CPU")

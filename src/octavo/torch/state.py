@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import itertools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from octavo.kernels import cpu
+from octavo.kernels import scales
 from octavo.recipes import Recipe
 from octavo.scaling import AmaxAlgorithm, Delayed, roll_history
 from octavo.torch import context
@@ -34,6 +34,8 @@ class Progress:
     """How often the forward scales were updated."""
     updates_at_forward: int = 0
     """`updates` at the last forward pass."""
+    steps: int | None = None
+    """How long both histories are, where that is known."""
     gathered: bool = False
     """Whether a training pass wrote forward amaxes since the last update."""
 
@@ -48,7 +50,7 @@ def gather(history: Tensor, amaxes: Tensor | tuple[float, ...]) -> None:
         row = history[0]
         torch.maximum(row, amaxes, out=row)
     else:  # the same on the memory itself: eager CPU layers have floats, and torch's dispatch would cost more than the work
-        cpu.gather_amax(history.data_ptr(), amaxes)
+        scales.gather_amax(history.data_ptr(), amaxes)
 
 
 class ScaledLayer(nn.Module):
@@ -92,7 +94,8 @@ class ScaledLayer(nn.Module):
     def resize_histories(self, steps: int) -> None:
         """Have the histories remember `steps` steps, keeping the newest of what they hold."""
         for name in ("amax_history_forward", "amax_history_backward"):
-            old = getattr(self, name)
+            old = self._buffers[name]
+            assert old is not None
             if old.shape[0] == steps:
                 continue
             new = old.new_zeros(steps, old.shape[1])
@@ -101,6 +104,7 @@ class ScaledLayer(nn.Module):
                 new[-kept:] = old[-kept:]
             new[: min(1, old.shape[0])] = old[:1]
             setattr(self, name, new)
+        self.progress.steps = steps
 
     def gather_forward(self, amaxes: Tensor | tuple[float, ...]) -> None:
         """Take the amaxes of a forward pass, one for each of `FORWARD`, into row 0."""
@@ -138,26 +142,25 @@ class ScaledLayer(nn.Module):
 
     def update_forward(self) -> None:
         """Roll the forward history and move the forward scales, as `octavo.scaling.roll_history` defines."""
-        progress, scaling = self.progress, self._delayed()
-        if scaling is None or not progress.gathered:
+        progress = self.progress
+        if not progress.gathered or progress.recipe is None or progress.recipe.delayed is None:
             return
         # The two buffers change places: whoever holds the old scales (a recomputation, a compiled graph) keeps them unchanged.
         buffers = self._buffers
-        buffers["scale_forward"], buffers["scale_forward_before"] = (
-            buffers["scale_forward_before"],
-            buffers["scale_forward"],
-        )
+        before, after = buffers["scale_forward"], buffers["scale_forward_before"]
+        buffers["scale_forward"], buffers["scale_forward_before"] = after, before
         progress.updates += 1
         progress.gathered = False
-        self._roll(self.amax_history_forward, self.scale_forward_before, self.scale_forward, scaling, backward=False)
+        _roll(buffers["amax_history_forward"], before, after, progress.recipe, False)
 
     def update_backward(self) -> None:
         """Roll the backward history and move the backward scales, in the same way, unless every new amax is zero."""
-        scaling = self._delayed()
-        if scaling is not None and (
-            isinstance(scaling.algorithm, AmaxAlgorithm) or self.amax_history_backward[0].any()
-        ):
-            self._roll(self.amax_history_backward, self.scale_backward, self.scale_backward, scaling, backward=True)
+        recipe, buffers = self.progress.recipe, self._buffers
+        history, scale = buffers["amax_history_backward"], buffers["scale_backward"]
+        if recipe is None or recipe.delayed is None or history is None or not history.shape[0]:
+            return
+        if isinstance(recipe.delayed.algorithm, AmaxAlgorithm) or history[0].any():
+            _roll(history, scale, scale, recipe, True)
 
     def update_forward_in_place(self) -> None:
         """`update_forward` for one call that is a block of its own, traceable by torch.compile."""
@@ -172,20 +175,6 @@ class ScaledLayer(nn.Module):
         self.amax_history_forward.copy_(history)
         self.scale_forward.copy_(scale)
 
-    def _roll(self, history: Tensor, before: Tensor, scale: Tensor, scaling: Delayed, *, backward: bool) -> None:
-        """history and scale, in place, from history and the scales before."""
-        assert self.progress.recipe is not None
-        maximum = _maxima_array(self.progress.recipe, backward)
-        if history.device.type == "cpu" and isinstance(scaling.algorithm, AmaxAlgorithm):
-            most_recent = scaling.algorithm is AmaxAlgorithm.MOST_RECENT
-            addresses = history.data_ptr(), history.shape[0], before.data_ptr(), scale.data_ptr()
-            cpu.roll_history_at(*addresses, maximum, 2.0**-scaling.margin, most_recent)
-            return
-        with torch.no_grad():
-            rolled, moved = roll_history(history, before, torch.from_numpy(maximum).to(history.device), scaling)
-            history.copy_(rolled)
-            scale.copy_(moved)
-
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         names = (*_PERSISTENT, "scale_forward_before")
         before = {name: getattr(self, name) for name in names}
@@ -198,6 +187,7 @@ class ScaledLayer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """As torch's, but state is taken in whatever length it comes, and fresh state stands in for what does not come."""
+        self.progress.steps = None
         with torch.no_grad():
             for name in _PERSISTENT:
                 own = getattr(self, name)
@@ -212,9 +202,49 @@ class ScaledLayer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
 
 
-@functools.lru_cache(maxsize=64)
-def _maxima_array(recipe: Recipe, backward: bool) -> np.ndarray[Any, np.dtype[np.float32]]:
-    return np.array(_maxima(recipe, backward), np.float32)
+def _roll(history: Tensor | None, before: Tensor | None, scale: Tensor | None, recipe: Recipe, backward: bool) -> None:
+    """history and scale, in place, from history and the scales before."""
+    assert history is not None
+    assert before is not None
+    assert scale is not None
+    rule = _rule(recipe, backward)
+    if rule.compiled and history.device.type == "cpu":
+        scales.roll_history_at(
+            history.data_ptr(),
+            history.shape[0],
+            len(rule.maxima),
+            before.data_ptr(),
+            scale.data_ptr(),
+            rule.address,
+            rule.margin,
+            rule.most_recent,
+        )
+        return
+    with torch.no_grad():
+        maxima = torch.from_numpy(rule.maxima).to(history.device)
+        rolled, moved = roll_history(history, before, maxima, rule.scaling)
+        history.copy_(rolled)
+        scale.copy_(moved)
+
+
+class _Rule(NamedTuple):
+    """How the scales of one direction move under a recipe, ready for the compiled function."""
+
+    scaling: Delayed
+    maxima: np.ndarray[Any, np.dtype[np.float32]]
+    address: int
+    margin: float
+    most_recent: bool
+    compiled: bool
+
+
+@functools.lru_cache(maxsize=256)
+def _rule(recipe: Recipe, backward: bool) -> _Rule:
+    scaling, maxima = recipe.delayed, np.array(_maxima(recipe, backward), np.float32)
+    assert scaling is not None
+    named = isinstance(scaling.algorithm, AmaxAlgorithm)
+    most_recent = scaling.algorithm is AmaxAlgorithm.MOST_RECENT
+    return _Rule(scaling, maxima, maxima.ctypes.data, 2.0**-scaling.margin, most_recent, named)
 
 
 def _maxima(recipe: Recipe, backward: bool) -> list[float]:
