@@ -12,7 +12,7 @@ import octavo
 ROOT = Path(octavo.__file__).parent
 LAYERS = (
     ("names",),
-    ("formats", "rounding", "scaling", "recipes", "reference"),
+    ("formats", "rounding", "scaling", "table", "recipes", "reference"),
     ("kernels",),
     ("casts",),
     ("torch", "jax", "engine", "diagnose"),

@@ -17,18 +17,20 @@ if TYPE_CHECKING:
     from octavo import formats, recipes, reference, rounding, scaling
     from octavo.casts import amax, decode, encode, quantize
     from octavo.formats import Format, get_format
-    from octavo.recipes import Gemm, Recipe, TensorSpec, get_recipe
+    from octavo.recipes import Accumulator, Gemm, Recipe, TensorSpec, Transform, get_recipe
     from octavo.rounding import Overflow, Rounding
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Accumulator",
     "Format",
     "Gemm",
     "Overflow",
     "Recipe",
     "Rounding",
     "TensorSpec",
+    "Transform",
     "amax",
     "decode",
     "encode",
@@ -43,12 +45,14 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Accumulator": "recipes",
     "Format": "formats",
     "Gemm": "recipes",
     "Overflow": "rounding",
     "Recipe": "recipes",
     "Rounding": "rounding",
     "TensorSpec": "recipes",
+    "Transform": "recipes",
     "amax": "casts",
     "decode": "casts",
     "encode": "casts",

@@ -1,27 +1,18 @@
-"""A recipe is a three-by-three table: for each of the three GEMMs of a layer, how its two operands and its result are cast.
-
-    GEMM          left                        right     result
-    output        input                       weight    output
-    grad_input    grad_output                 weight    grad_input
-    grad_weight   grad_output (transposed)    input     grad_weight
-
-Front ends, kernels and reports read this table and nothing else.
-"""
+"""The named recipes: each a short function that returns its table (`octavo.table`)."""
 
 from __future__ import annotations
 
 import enum
-import functools
-import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from octavo.formats import E4M3FN, E5M2, Format, get_format
+from octavo.formats import E2M1FN, E3M2FN, E4M3FN, E5M2, Format
 from octavo.names import nearest
 from octavo.rounding import Overflow, Rounding
-from octavo.scaling import AmaxAlgorithm, Current, Delayed, Scaling, Unscaled
+from octavo.scaling import AmaxAlgorithm, Block, BlockScale, Current, Delayed, Row, TwoLevel, Unscaled
+from octavo.table import Accumulator, Gemm, Recipe, TensorSpec, Transform
 
 __all__ = [
     "NAMED",
@@ -30,165 +21,22 @@ __all__ = [
     "Gemm",
     "Recipe",
     "TensorSpec",
+    "Transform",
+    "block_scaling",
     "current_scaling",
+    "deepseek",
     "delayed_scaling",
+    "direct",
     "get_recipe",
+    "hybrid",
+    "mxfp4",
+    "mxfp6",
+    "mxfp8",
+    "nvfp4",
+    "on_hopper",
+    "rowwise",
+    "rowwise_high_precision_grad_weight",
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """How one tensor is cast: to which format, by which scale, rounded how, and what overflow becomes."""
-
-    format: Format
-    scaling: Scaling = Unscaled()  # noqa: RUF009 - frozen, so one instance serves all
-    rounding: Rounding = Rounding.NEAREST_EVEN
-    overflow: Overflow = Overflow.SATURATE
-
-    def __str__(self) -> str:
-        words = [self.format.name.removeprefix("float8_").removeprefix("float6_").removeprefix("float4_")]
-        words.append(type(self.scaling).__name__.lower())
-        if self.rounding is not Rounding.NEAREST_EVEN:
-            words.append(self.rounding.value)
-        if self.overflow is not Overflow.SATURATE:
-            words.append(f"overflow {self.overflow.value}")
-        return " ".join(words)
-
-
-class Accumulator(enum.Enum):
-    """How a GEMM adds its products up."""
-
-    FLOAT32 = "float32"
-    """Exact products, float32 sums, in the order of the library that runs the GEMM."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Gemm:
-    """A row of the table; None leaves a tensor in high precision."""
-
-    left: TensorSpec | None = None
-    right: TensorSpec | None = None
-    result: TensorSpec | None = None
-    accumulator: Accumulator = Accumulator.FLOAT32
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """The table.  Build one with `from_tensors`; change one cell with `dataclasses.replace`."""
-
-    name: str = "custom"
-    output: Gemm = Gemm()
-    grad_input: Gemm = Gemm()
-    grad_weight: Gemm = Gemm()
-    # Derived once, and not on first use, because torch.compile cannot trace what caches under a lock.
-    delayed: Delayed | None = field(init=False, repr=False, compare=False)
-    """The delayed scaling that its tensors share, or None where the recipe keeps no state."""
-    maxima: Mapping[str, float] = field(init=False, repr=False, compare=False)
-    """format.max of each tensor whose scaling is delayed, by its name."""
-    cast_key: str = field(init=False, repr=False, compare=False)
-    """The table as text that `from_cast_key` reads back: all that casting needs, and so not how delayed scales are updated."""
-
-    def __post_init__(self) -> None:
-        delayed: dict[str, TensorSpec] = {}
-        for gemm, cell, tensor, spec in self.cells():
-            if spec is None or not isinstance(spec.scaling, Delayed):
-                continue
-            if tensor == "grad_weight":
-                raise ValueError(
-                    f"{self.name}.{gemm}.{cell}: grad_weight keeps no history, so its scale cannot be delayed; use scaling=Current()"
-                )
-            if delayed.setdefault(tensor, spec) != spec:
-                raise ValueError(
-                    f"{self.name}.{gemm}.{cell}: delayed scaling keeps one scale for {tensor}, but its cells differ "
-                    f"({delayed[tensor]} and {spec}); give both the same TensorSpec"
-                )
-        if len({spec.scaling for spec in delayed.values()}) > 1:
-            raise ValueError(
-                f"{self.name}: the tensors of one recipe share their amax history; give all the same Delayed(...)"
-            )
-        shared = next((spec.scaling for spec in delayed.values()), None)
-        object.__setattr__(self, "delayed", shared)
-        object.__setattr__(self, "maxima", {tensor: spec.format.max for tensor, spec in delayed.items()})
-        object.__setattr__(self, "cast_key", self._spelled())
-
-    @classmethod
-    def from_tensors(
-        cls,
-        name: str = "custom",
-        *,
-        input: TensorSpec | None = None,
-        weight: TensorSpec | None = None,
-        grad_output: TensorSpec | None = None,
-        output: TensorSpec | None = None,
-        grad_input: TensorSpec | None = None,
-        grad_weight: TensorSpec | None = None,
-    ) -> Recipe:
-        """The table that casts each named tensor alike wherever it appears."""
-        return cls(
-            name=name,
-            output=Gemm(left=input, right=weight, result=output),
-            grad_input=Gemm(left=grad_output, right=weight, result=grad_input),
-            grad_weight=Gemm(left=grad_output, right=input, result=grad_weight),
-        )
-
-    def cells(self) -> Iterator[tuple[str, str, str, TensorSpec | None]]:
-        """The nine cells, row by row: (GEMM, cell, tensor, spec)."""
-        tensors = {
-            "output": ("input", "weight", "output"),
-            "grad_input": ("grad_output", "weight", "grad_input"),
-            "grad_weight": ("grad_output", "input", "grad_weight"),
-        }
-        for gemm, names in tensors.items():
-            row: Gemm = getattr(self, gemm)
-            for cell, tensor, spec in zip(
-                ("left", "right", "result"), names, (row.left, row.right, row.result), strict=True
-            ):
-                yield gemm, cell, tensor, spec
-
-    def __hash__(self) -> int:
-        return hash(self.cast_key)  # recipes key the caches of every layer
-
-    def _spelled(self) -> str:
-        spelled = {}
-        for gemm, cell, _, spec in self.cells():
-            if spec is None:
-                continue
-            scaling: dict[str, Any] = {"kind": type(spec.scaling).__name__}
-            if isinstance(spec.scaling, Current):
-                scaling |= {"power_of_two": spec.scaling.power_of_two, "epsilon": spec.scaling.epsilon}
-            modes = {"rounding": spec.rounding.value, "overflow": spec.overflow.value}
-            spelled[f"{gemm}.{cell}"] = {"format": spec.format.name, "scaling": scaling, **modes}
-        return json.dumps(spelled, sort_keys=True)
-
-    @staticmethod
-    @functools.lru_cache(maxsize=256)
-    def from_cast_key(key: str) -> Recipe:
-        """The table that `cast_key` spelled."""
-        rows: dict[str, dict[str, Any]] = {"output": {}, "grad_input": {}, "grad_weight": {}}
-        kinds: dict[str, Callable[..., Scaling]] = {"Unscaled": Unscaled, "Current": Current, "Delayed": Delayed}
-        for place, spelled in json.loads(key).items():
-            gemm, _, cell = place.partition(".")
-            scaling = dict(spelled["scaling"])
-            rows[gemm][cell] = TensorSpec(
-                get_format(spelled["format"]),
-                kinds[scaling.pop("kind")](**scaling),
-                Rounding(spelled["rounding"]),
-                Overflow(spelled["overflow"]),
-            )
-        output, grad_input, grad_weight = (Gemm(**rows[gemm]) for gemm in ("output", "grad_input", "grad_weight"))
-        return Recipe(output=output, grad_input=grad_input, grad_weight=grad_weight)
-
-    def describe(self) -> str:
-        """The table as aligned text, one line for each GEMM."""
-        lines: list[tuple[str, ...]] = [("GEMM", "left", "right", "result")]
-        for gemm in ("output", "grad_input", "grad_weight"):
-            row: Gemm = getattr(self, gemm)
-            lines.append((gemm, *(str(spec) if spec else "-" for spec in (row.left, row.right, row.result))))
-        widths = [max(len(line[i]) for line in lines) for i in range(4)]
-        body = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-        ]
-        return "\n".join([self.name, *("  " + line for line in body)])
 
 
 class FormatPair(enum.Enum):
@@ -244,8 +92,147 @@ def current_scaling(
     return Recipe.from_tensors("current_scaling", input=forward, weight=forward, grad_output=backward)
 
 
+def _with_accumulators(recipe: Recipe, *, output: Accumulator, gradients: Accumulator) -> Recipe:
+    """The recipe with one accumulator for the GEMM `output` and one for the two of the backward pass."""
+    return replace(
+        recipe,
+        output=replace(recipe.output, accumulator=output),
+        grad_input=replace(recipe.grad_input, accumulator=gradients),
+        grad_weight=replace(recipe.grad_weight, accumulator=gradients),
+    )
+
+
+def on_hopper(recipe: Recipe, *, split_output: bool = False) -> Recipe:
+    """The recipe with the sums that Hopper's tensor cores give it: fast in `output`, split in the gradients, as its libraries choose.
+
+    split_output: split there too, as recipes of blocks do.
+    """
+    output = Accumulator.HOPPER_SPLIT if split_output else Accumulator.HOPPER_FAST
+    return _with_accumulators(recipe, output=output, gradients=Accumulator.HOPPER_SPLIT)
+
+
+def block_scaling(*, use_power_2_scales: bool = True, amax_epsilon: float = 0.0) -> Recipe:
+    """Transformer Engine's Float8BlockScaling: E4M3 throughout, 1x128 blocks of input and grad_output, 128x128 of weight.
+
+    use_power_2_scales: round scales down to powers of two; amax_epsilon: a floor under amax.
+    """
+    scale = BlockScale.POWER_OF_TWO if use_power_2_scales else BlockScale.FLOAT32
+    vectors = TensorSpec(E4M3FN, Block(shape=(1, 128), scale=scale, epsilon=amax_epsilon))
+    squares = TensorSpec(E4M3FN, Block(shape=(128, 128), scale=scale, epsilon=amax_epsilon))
+    return Recipe.from_tensors("block_scaling", input=vectors, weight=squares, grad_output=vectors)
+
+
+def deepseek() -> Recipe:
+    """DeepSeek-V3's: as `block_scaling`, with scales that are any float32 (arXiv 2412.19437, section 3.3)."""
+    return replace(block_scaling(use_power_2_scales=False), name="deepseek")
+
+
+def mxfp8(*, fp8_format: FormatPair = FormatPair.E4M3, scale: BlockScale = BlockScale.RCEIL) -> Recipe:
+    """OCP MXFP8: 1x32 blocks along the contracted axis with E8M0 scales, E4M3 for all tensors by default.
+
+    scale: an E8M0 rule; RCEIL is NVIDIA's (arXiv 2506.08027), FLOOR that of the OCP specification.
+    """
+    blocks = Block(shape=(1, 32), scale=_e8m0(scale))
+    forward, backward = TensorSpec(fp8_format.forward, blocks), TensorSpec(fp8_format.backward, blocks)
+    return Recipe.from_tensors("mxfp8", input=forward, weight=forward, grad_output=backward)
+
+
+def mxfp6(*, format: Format = E3M2FN, scale: BlockScale = BlockScale.RCEIL) -> Recipe:
+    """OCP MXFP6: 1x32 blocks with E8M0 scales, E3M2 for all tensors by default (Rouhani et al., arXiv 2310.10537)."""
+    spec = TensorSpec(format, Block(shape=(1, 32), scale=_e8m0(scale)))
+    return Recipe.from_tensors("mxfp6", input=spec, weight=spec, grad_output=spec)
+
+
+def mxfp4(*, scale: BlockScale = BlockScale.RCEIL) -> Recipe:
+    """OCP MXFP4: 1x32 blocks of E2M1 with E8M0 scales; grad_output is rounded stochastically, so that gradients stay unbiased."""
+    spec = TensorSpec(E2M1FN, Block(shape=(1, 32), scale=_e8m0(scale)))
+    gradient = replace(spec, rounding=Rounding.STOCHASTIC)
+    return Recipe.from_tensors("mxfp4", input=spec, weight=spec, grad_output=gradient)
+
+
+def _e8m0(scale: BlockScale) -> BlockScale:
+    if not scale.is_e8m0:
+        names = ", ".join(rule.name for rule in BlockScale if rule.is_e8m0)
+        raise ValueError(f"MX scales are E8M0: {names}; got {scale.name} (block_scaling has float32 scales)")
+    return scale
+
+
+def nvfp4() -> Recipe:
+    """NVIDIA's NVFP4: E2M1 under two levels of scales, 1x16 blocks, 16x16 of weight.
+
+    grad_output is rounded stochastically; in grad_weight both operands have the random Hadamard transform.  Source: Transformer
+    Engine's recipe; arXiv 2509.25149, which keeps some layers in high precision (`convert`'s exempt).
+    """
+    vectors = TensorSpec(E2M1FN, TwoLevel(shape=(1, 16)))
+    gradient = replace(vectors, rounding=Rounding.STOCHASTIC)
+    squares = TensorSpec(E2M1FN, TwoLevel(shape=(16, 16)))
+    turned = Gemm(
+        left=replace(gradient, transform=Transform.HADAMARD), right=replace(vectors, transform=Transform.HADAMARD)
+    )
+    recipe = Recipe.from_tensors("nvfp4", input=vectors, weight=squares, grad_output=gradient)
+    return replace(recipe, grad_weight=turned)
+
+
+def rowwise() -> Recipe:
+    """torchao's rowwise: E4M3, one power-of-two scale for each row along the contracted axis."""
+    spec = TensorSpec(E4M3FN, Row(power_of_two=True, epsilon=1e-12))
+    return Recipe.from_tensors("rowwise", input=spec, weight=spec, grad_output=spec)
+
+
+def rowwise_high_precision_grad_weight() -> Recipe:
+    """torchao's rowwise_with_gw_hp: as `rowwise`, grad_weight in high precision, and in grad_input one scale for the weight."""
+    weight = TensorSpec(E4M3FN, Current(power_of_two=True, epsilon=1e-12))
+    recipe = rowwise()
+    grad_input = replace(recipe.grad_input, right=weight)
+    return replace(recipe, name="rowwise_high_precision_grad_weight", grad_input=grad_input, grad_weight=Gemm())
+
+
+def direct() -> Recipe:
+    """Intel's direct: E5M2 for all six tensors, unscaled; gradients are rounded stochastically (arXiv 1905.12334).
+
+    Finite overflow becomes Inf: gradients are meant to be multiplied by a loss scale that backs off when it meets one.
+    """
+    forward = TensorSpec(E5M2, Unscaled(), overflow=Overflow.NONE)
+    gradient = replace(forward, rounding=Rounding.STOCHASTIC)
+    return Recipe.from_tensors(
+        "direct",
+        input=forward,
+        weight=forward,
+        grad_output=gradient,
+        output=forward,
+        grad_input=gradient,
+        grad_weight=gradient,
+    )
+
+
+def hybrid() -> Recipe:
+    """Intel's hybrid: input and weight in E4M3 by their own amax, grad_output in unscaled E5M2 rounded stochastically.
+
+    Only what enters a GEMM is cast; Inf in a gradient stays Inf (arXiv 2209.05433, section 2).
+    """
+    forward = TensorSpec(E4M3FN, Current())
+    gradient = TensorSpec(E5M2, Unscaled(), Rounding.STOCHASTIC, Overflow.SATURATE_FINITE)
+    return Recipe.from_tensors("hybrid", input=forward, weight=forward, grad_output=gradient)
+
+
 NAMED: Mapping[str, Callable[[], Recipe]] = MappingProxyType(
-    {"delayed_scaling": delayed_scaling, "current_scaling": current_scaling}
+    {
+        recipe.__name__: recipe
+        for recipe in (
+            delayed_scaling,
+            current_scaling,
+            block_scaling,
+            deepseek,
+            mxfp8,
+            mxfp6,
+            mxfp4,
+            nvfp4,
+            rowwise,
+            rowwise_high_precision_grad_weight,
+            direct,
+            hybrid,
+        )
+    }
 )
 """The named recipes, each with its defaults."""
 
