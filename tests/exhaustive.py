@@ -1,16 +1,20 @@
-"""Every float32 bit pattern through every 8-bit format, to nearest even, against ml_dtypes.
+"""Every float32 bit pattern through every 8-bit format, to nearest even, against ml_dtypes; and every product of two values.
 
-    python tests/exhaustive.py                              all 2**32 patterns, all formats of 8 bits: about half an hour
-    python tests/exhaustive.py --formats float8_e5m2 --blocks 2
+    python tests/exhaustive.py                              all 2**32 patterns, all formats of 8 bits, Numba and XLA: about an hour
+    python tests/exhaustive.py --formats float8_e5m2 --blocks 2 --backends numba
 
-Prints one line for each format and exits with 1 where a code differs.  E3M4FN, which ml_dtypes lacks, is that library's E3M4
-below 15.5, and E3M4 of x/2 one exponent step higher from there on; its overflow is written out by hand.
+Prints a line for each cast, and one for each format's products with all signed formats: held in bfloat16 and multiplied in float32 they
+are to be exact.  Exits with 1 where a code or a product differs.  E3M4FN, which ml_dtypes lacks, is that library's E3M4 below 15.5, and
+E3M4 of x/2 one exponent step higher from there on; its overflow is written out by hand.
 """
 
 from __future__ import annotations
 
 import argparse
+import enum
 import sys
+from collections.abc import Callable
+from typing import TypeAlias
 
 import ml_dtypes
 import numpy as np
@@ -21,11 +25,47 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import octavo
 from octavo.formats import E3M4FN, FORMATS, Format, get_format
 
+Floats: TypeAlias = npt.NDArray[np.float32]
+Codes: TypeAlias = npt.NDArray[np.uint8]
+Encode: TypeAlias = Callable[[Floats, Format], Codes]
+
 BLOCK = 1 << 24
 """Patterns in a block; 256 of them are all there are."""
+EIGHT_BITS = [format for format in FORMATS.values() if format.bits == 8]
+FACTORS = [format for format in FORMATS.values() if format.signed]
+"""The formats that GEMMs multiply."""
 
 
-def e3m4fn(x: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+class Backend(enum.Enum):
+    """What casts."""
+
+    NUMBA = "numba"
+    """`octavo.encode` of NumPy arrays."""
+    XLA = "xla"
+    """`octavo.kernels.xla` under `jax.jit`."""
+
+    def encode(self) -> Encode:
+        """Its cast to nearest even under `Overflow.NONE`."""
+        match self:
+            case Backend.NUMBA:
+                return lambda x, format: octavo.encode(x, format, overflow=octavo.Overflow.NONE)
+            case Backend.XLA:
+                return xla_encode()
+
+
+def xla_encode() -> Encode:
+    import jax
+
+    from octavo.kernels import xla
+
+    def encode(x: jax.Array, format: Format) -> jax.Array:
+        return xla.encode(x, format, overflow=octavo.Overflow.NONE)
+
+    compiled = jax.jit(encode, static_argnums=1)
+    return lambda x, format: np.asarray(compiled(x, format))
+
+
+def e3m4fn(x: Floats) -> Codes:
     """The codes of x in E3M4FN, from ml_dtypes' E3M4."""
     low = x.astype(ml_dtypes.float8_e3m4).view(np.uint8)
     high = (x / 2).astype(ml_dtypes.float8_e3m4).view(np.uint8) + np.uint8(0x10)
@@ -33,7 +73,7 @@ def e3m4fn(x: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
     return np.where(np.abs(x) <= 30.5, codes, np.uint8(0x7F))  # 30.5 is a tie, and 30 is even; NaN is not <= either
 
 
-def expected(x: npt.NDArray[np.float32], format: Format) -> npt.NDArray[np.uint8]:
+def expected(x: Floats, format: Format) -> Codes:
     """The codes that ml_dtypes gives x."""
     with np.errstate(all="ignore"):
         if format is E3M4FN:
@@ -41,18 +81,33 @@ def expected(x: npt.NDArray[np.float32], format: Format) -> npt.NDArray[np.uint8
         return x.astype(getattr(ml_dtypes, format.name)).view(np.uint8)
 
 
-def block_of(number: int, format: Format) -> npt.NDArray[np.float32]:
+def block_of(number: int, format: Format) -> Floats:
     """The patterns number * 2**24 and on, as float32; zeros for the NaNs where the format has none."""
     x = np.arange(number * BLOCK, (number + 1) * BLOCK, dtype=np.uint64).astype(np.uint32).view(np.float32)
     return x if format.has_nan else np.where(np.isnan(x), np.float32(0), x)
 
 
-def mismatches(x: npt.NDArray[np.float32], format: Format) -> npt.NDArray[np.intp]:
-    """Where the codes of x differ, all NaN codes being one."""
-    ours, theirs = octavo.encode(x, format, overflow=octavo.Overflow.NONE), expected(x, format)
+def mismatches(ours: Codes, theirs: Codes, format: Format) -> npt.NDArray[np.intp]:
+    """Where codes differ, all NaN codes being one."""
     different = np.flatnonzero(ours != theirs)
     both_nan = np.isnan(format.values[ours[different]]) & np.isnan(format.values[theirs[different]])
     return different[~both_nan]
+
+
+def exact_values(format: Format) -> npt.NDArray[np.float64]:
+    """What each code is worth: by ml_dtypes, and by octavo of the format that it lacks."""
+    if format is E3M4FN:
+        return format.values.astype(np.float64)
+    return np.arange(1 << format.bits, dtype=np.uint8).view(getattr(ml_dtypes, format.name)).astype(np.float64)
+
+
+def inexact_products(left: Format, right: Format) -> int:
+    """How many products, of operands held in bfloat16 and multiplied in float32, are not float64's, which are exact."""
+    a, b = (format.values.astype(ml_dtypes.bfloat16).astype(np.float32) for format in (left, right))
+    with np.errstate(invalid="ignore"):  # 0 * Inf
+        ours, exact = np.multiply.outer(a, b), np.multiply.outer(exact_values(left), exact_values(right))
+    same = (ours == exact) & (np.signbit(ours) == np.signbit(exact)) | np.isnan(ours) & np.isnan(exact)
+    return int(np.count_nonzero(~same))
 
 
 def spread(blocks: int) -> list[int]:
@@ -62,12 +117,15 @@ def spread(blocks: int) -> list[int]:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Every float32 bit pattern through every 8-bit format, against ml_dtypes."
+        description="Every float32 bit pattern through every 8-bit format, against ml_dtypes, and every product of two values."
     )
-    names = [format.name for format in FORMATS.values() if format.bits == 8]
+    names, backends = [format.name for format in EIGHT_BITS], [backend.value for backend in Backend]
     parser.add_argument("--formats", nargs="+", default=names, metavar="NAME", help=f"of {', '.join(FORMATS)}")
     parser.add_argument(
         "--blocks", type=int, default=256, metavar="N", help="of 256 blocks of 2**24 patterns (default: all)"
+    )
+    parser.add_argument(
+        "--backends", nargs="+", default=backends, choices=backends, metavar="NAME", help=f"of {', '.join(backends)}"
     )
     chosen = parser.parse_args()
     try:
@@ -76,29 +134,51 @@ def arguments() -> argparse.Namespace:
         parser.error(str(error))
     if not 1 <= chosen.blocks <= 256:
         parser.error(f"--blocks is from 1 to 256; got {chosen.blocks}")
+    chosen.backends = [Backend(name) for name in chosen.backends]
     return chosen
 
 
+def check_casts(
+    format: Format, blocks: int, encoders: dict[Backend, Encode], progress: Progress, console: Console
+) -> bool:
+    """Whether every code is ml_dtypes'; prints a line for each backend."""
+    wrong, first = dict.fromkeys(encoders, 0), dict.fromkeys(encoders, "")
+    task = progress.add_task(format.name, total=blocks)
+    for number in spread(blocks):
+        x = block_of(number, format)
+        theirs = expected(x, format)
+        for backend, encode in encoders.items():
+            found = mismatches(encode(x, format), theirs, format)
+            wrong[backend] += found.size
+            if found.size and not first[backend]:
+                bits = x[found[0]].view(np.uint32)
+                first[backend] = f", the first at {x[found[0]]!r} (0x{bits:08x})"
+        progress.advance(task)
+    progress.remove_task(task)
+    for backend in encoders:
+        count = f"{blocks * BLOCK:>13,} patterns  {wrong[backend]:,} mismatches{first[backend]}"
+        console.print(f"{backend.value:8}  {format.name:20}  {count}", highlight=False, soft_wrap=True)
+    return not any(wrong.values())
+
+
+def check_products(left: Format, console: Console) -> bool:
+    """Whether every product with a signed format is exact; prints a line."""
+    inexact = {right.name: inexact_products(left, right) for right in FACTORS}
+    wrong = ", ".join(f"{count:,} of {name}" for name, count in inexact.items() if count)
+    pairs = sum(1 << left.bits + right.bits for right in FACTORS)
+    count = f"{pairs:>13,} pairs     {sum(inexact.values()):,} mismatches{wrong and f': {wrong}'}"
+    console.print(f"products  {left.name:20}  {count}", highlight=False, soft_wrap=True)
+    return not wrong
+
+
 def main() -> int:
-    chosen, console, failed = arguments(), Console(), False
+    chosen, console = arguments(), Console()
+    encoders = {backend: backend.encode() for backend in chosen.backends}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        for format in chosen.formats:
-            wrong, first = 0, ""
-            for number in progress.track(spread(chosen.blocks), description=format.name):
-                x = block_of(number, format)
-                found = mismatches(x, format)
-                wrong += found.size
-                if found.size and not first:
-                    bits = x[found[0]].view(np.uint32)
-                    first = f", the first at {x[found[0]]!r} (0x{bits:08x})"
-            failed |= wrong > 0
-            console.print(
-                f"{format.name:20} {chosen.blocks * BLOCK:>13,} patterns  {wrong:,} mismatches{first}",
-                highlight=False,
-                soft_wrap=True,
-            )
-    return int(failed)
+        right = [check_casts(format, chosen.blocks, encoders, progress, console) for format in chosen.formats]
+        right += [check_products(format, console) for format in chosen.formats if format in FACTORS]
+    return int(not all(right))
 
 
 if __name__ == "__main__":

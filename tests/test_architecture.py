@@ -14,7 +14,7 @@ LAYERS = (
     ("names",),
     ("formats", "rounding", "scaling", "table", "recipes", "reference"),
     ("kernels",),
-    ("casts",),
+    ("casts", "qtensor", "cuts", "archive"),
     ("torch", "jax", "engine", "diagnose"),
     ("lab",),
     ("cli",),

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from octavo import formats, recipes, reference, rounding, scaling
+    from octavo.archive import load_qtensors, save_qtensors
     from octavo.casts import amax, decode, encode, quantize
     from octavo.formats import Format, get_format
+    from octavo.qtensor import QTensor
     from octavo.recipes import Accumulator, Gemm, Recipe, TensorSpec, Transform, get_recipe
     from octavo.rounding import Overflow, Rounding
 
@@ -27,6 +29,7 @@ __all__ = [
     "Format",
     "Gemm",
     "Overflow",
+    "QTensor",
     "Recipe",
     "Rounding",
     "TensorSpec",
@@ -37,10 +40,12 @@ __all__ = [
     "formats",
     "get_format",
     "get_recipe",
+    "load_qtensors",
     "quantize",
     "recipes",
     "reference",
     "rounding",
+    "save_qtensors",
     "scaling",
 ]
 
@@ -49,6 +54,7 @@ _HOMES = {
     "Format": "formats",
     "Gemm": "recipes",
     "Overflow": "rounding",
+    "QTensor": "qtensor",
     "Recipe": "recipes",
     "Rounding": "rounding",
     "TensorSpec": "recipes",
@@ -58,7 +64,9 @@ _HOMES = {
     "encode": "casts",
     "get_format": "formats",
     "get_recipe": "recipes",
+    "load_qtensors": "archive",
     "quantize": "casts",
+    "save_qtensors": "archive",
 }
 
 

@@ -151,6 +151,7 @@ def mxfp4(*, scale: BlockScale = BlockScale.RCEIL) -> Recipe:
 
 
 def _e8m0(scale: BlockScale) -> BlockScale:
+    scale = BlockScale(scale)
     if not scale.is_e8m0:
         names = ", ".join(rule.name for rule in BlockScale if rule.is_e8m0)
         raise ValueError(f"MX scales are E8M0: {names}; got {scale.name} (block_scaling has float32 scales)")

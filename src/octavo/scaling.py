@@ -35,6 +35,7 @@ __all__ = [
     "two_level_encode_factor",
     "two_level_scale",
     "two_level_target",
+    "zero_code_limit",
 ]
 
 Array: TypeAlias = Any
@@ -42,6 +43,7 @@ Array: TypeAlias = Any
 
 FLOAT32_MAX = 3.4028234663852886e38
 _EXPONENT_MASK = 0x7F800000
+_MAGNITUDE_MASK = 0x7FFFFFFF
 
 
 class AmaxAlgorithm(enum.Enum):
@@ -133,6 +135,11 @@ class BlockScale(enum.Enum):
     EVEN = "even"
     """FLOOR of A rounded half away from zero to the format's mantissa."""
 
+    @classmethod
+    def _missing_(cls, value: object) -> BlockScale:
+        names = [member.value for member in cls]
+        raise ValueError(f"a block's scale is one of {names}; got {value!r}{nearest(str(value), names)}")
+
     @property
     def is_e8m0(self) -> bool:
         """Whether scales are E8M0 codes."""
@@ -161,6 +168,7 @@ class Block:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))
+        object.__setattr__(self, "scale", BlockScale(self.scale))
         _check_shape(self.shape)
         Current(epsilon=self.epsilon)
         if self.epsilon and self.scale.is_e8m0:
@@ -202,14 +210,22 @@ def same_along_both_axes(scaling: Scaling) -> bool:
 
 
 def _namespace(x: Array) -> Any:
-    """The module whose functions work on `x`: numpy, torch or jax.numpy, already imported since `x` exists."""
+    """The module whose functions work on `x`: numpy, torch or jax.numpy, already imported since `x` exists; or what x itself names."""
     root = type(x).__module__.partition(".")[0]
+    if root == "octavo":
+        return x.__array_namespace__()
     return sys.modules["jax.numpy" if root in ("jax", "jaxlib") else "torch" if root == "torch" else "numpy"]
 
 
 def _quiet(xp: Any) -> AbstractContextManager[Any]:
     """Overflow is meant where it happens below; only NumPy would warn of it."""
     return np.errstate(over="ignore") if xp is np else nullcontext()
+
+
+def _magnitude(amax: Array) -> Array:
+    """The bits of amaxes, int32: they order as amaxes do, NaN last, and no backend flushes the subnormal ones among them."""
+    xp = _namespace(amax)
+    return amax.view(xp.int32) & _MAGNITUDE_MASK
 
 
 def amax_scale(amax: Array, maximum: float, scaling: Current | Row | Block) -> Array:
@@ -219,11 +235,11 @@ def amax_scale(amax: Array, maximum: float, scaling: Current | Row | Block) -> A
     """
     xp = _namespace(amax)
     one, largest = xp.ones_like(amax), xp.full_like(amax, FLOAT32_MAX)
-    floor = xp.full_like(amax, scaling.epsilon)
-    amax = xp.where(amax < floor, floor, amax)
-    usable = (amax > 0) & xp.isfinite(amax)
+    bits, floor = _magnitude(amax), _magnitude(xp.full_like(amax, scaling.epsilon))
+    bits = xp.where(bits < floor, floor, bits)
+    usable = (bits > 0) & (bits < _EXPONENT_MASK)
     with _quiet(xp):
-        scale = xp.full_like(amax, maximum) / xp.where(usable, amax, one)
+        scale = xp.full_like(amax, maximum) / xp.where(usable, bits.view(xp.float32), one)
     scale = xp.where(xp.isfinite(scale), scale, largest)
     if scaling.power_of_two:
         scale = (scale.view(xp.int32) & _EXPONENT_MASK).view(xp.float32)
@@ -242,16 +258,17 @@ def roll_history(history: Array, scale: Array, maximum: Array, scaling: Delayed)
     zeros = xp.zeros_like(history[:1])
     rolled = xp.concatenate([zeros, history[2:], history[:1]]) if history.shape[0] > 1 else zeros
     if isinstance(scaling.algorithm, AmaxAlgorithm):
-        seen = last != 0
+        bits = _magnitude(history)
+        seen = (last.view(xp.int32) > 0) | xp.isnan(last)  # `bits[0] != 0` compiles to a float comparison, which flushes
         match scaling.algorithm:
             case AmaxAlgorithm.MAX:
-                peak = xp.amax(history, 0)
+                peak = xp.amax(bits, 0).view(xp.float32)
             case AmaxAlgorithm.MOST_RECENT:
                 peak = last
     else:
         seen = xp.ones_like(last) != 0
-        peak = scaling.algorithm(history)
-    usable = seen & (peak > 0) & xp.isfinite(peak)
+        peak = xp.asarray(scaling.algorithm(history), dtype=xp.float32)
+    usable = seen & (peak.view(xp.int32) > 0) & xp.isfinite(peak)
     with _quiet(xp):
         ratio = maximum * 2.0**-scaling.margin / xp.where(usable, peak, xp.ones_like(peak))
     ratio = xp.where(xp.isfinite(ratio), ratio, xp.full_like(ratio, FLOAT32_MAX))
@@ -259,7 +276,7 @@ def roll_history(history: Array, scale: Array, maximum: Array, scaling: Delayed)
 
 
 @functools.lru_cache(maxsize=64)
-def _zero_code_limit(maximum: float) -> float:
+def zero_code_limit(maximum: float) -> float:
     """The largest amax whose product with fl(1 / maximum) is at most 2**-127 in float32, whose RCEIL code therefore is 0."""
     middle = np.float32(maximum * 2.0**-127).view(np.int32)
     nearby = np.arange(middle - 8, middle + 8, dtype=np.int32).view(np.float32)
@@ -273,35 +290,35 @@ def e8m0_codes(amax: Array, maximum: float, emax: int, mantissa_bits: int, scali
     amax: float32; maximum, emax, mantissa_bits: the format's.
     """
     xp = _namespace(amax)
-    bits = amax.view(xp.int32)
+    bits = _magnitude(amax)
+    zero, infinite, nan = xp.zeros_like(bits), bits == _EXPONENT_MASK, bits > _EXPONENT_MASK
+    bits = xp.where(infinite | nan, zero, bits)
     match scaling.scale:
         case BlockScale.RCEIL:
             # Lifted by 2**64 where it is small, so that no backend's way with subnormals enters.
             reciprocal = float(np.float32(1.0) / np.float32(maximum))
+            amax = bits.view(xp.float32)
             small, one = amax < 2.0**-60, xp.ones_like(amax)
             bits = (amax * xp.where(small, one * 2.0**64, one) * reciprocal).view(xp.int32)
-            up = xp.where((bits & 0x7FFFFF) != 0, 1, 0)
-            code = (bits >> 23) + up - xp.where(small, 64, 0)
-            code = xp.where(amax <= _zero_code_limit(maximum), xp.zeros_like(code), xp.where(code < 1, 1, code))
+            code = ((bits + 0x7FFFFF) >> 23) - xp.where(small, zero + 64, zero)
+            code = xp.where(amax <= zero_code_limit(maximum), zero, xp.where(code < 1, zero + 1, code))
         case BlockScale.FLOOR:
             code = (bits >> 23) - emax
         case BlockScale.CEIL:
-            code = (bits >> 23) + xp.where((bits & 0x7FFFFF) != 0, 1, 0) - emax
+            code = ((bits + 0x7FFFFF) >> 23) - emax
         case BlockScale.EVEN:
             code = ((bits + (1 << (22 - mantissa_bits))) >> 23) - emax
         case BlockScale.FLOAT32 | BlockScale.POWER_OF_TWO:
             raise ValueError(f"{scaling.scale.value} scales are no E8M0 codes; use amax_scale")
-    zero = xp.zeros_like(code)
     code = xp.where(code < 0, zero, xp.where(code > 254, zero + 254, code))
-    special = amax.view(xp.int32) >= 0x7F800000
-    return xp.where(special, zero + (254 if scaling.skip_nan else 255), code)
+    return xp.where(nan, zero + 255, xp.where(infinite, zero + (254 if scaling.skip_nan else 255), code))
 
 
 def two_level_scale(amax: Array, maximum: float, scale_maximum: float) -> Array:
     """NVFP4's scale of the whole tensor: `min(scale_maximum * maximum / amax, FLT_MAX)`, 1 where amax or the quotient is 0, or NaN."""
     xp = _namespace(amax)
-    one, largest = xp.ones_like(amax), xp.full_like(amax, FLOAT32_MAX)
-    usable = (amax > 0) & xp.isfinite(amax)
+    one, largest, bits = xp.ones_like(amax), xp.full_like(amax, FLOAT32_MAX), _magnitude(amax)
+    usable = (bits > 0) & (bits < _EXPONENT_MASK)
     with _quiet(xp):
         scale = xp.full_like(amax, maximum * scale_maximum) / xp.where(usable, amax, one)
     scale = xp.where(scale < largest, scale, largest)

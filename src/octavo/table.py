@@ -32,7 +32,7 @@ from octavo.scaling import (
     same_along_both_axes,
 )
 
-__all__ = ["Accumulator", "Gemm", "Recipe", "TensorSpec", "Transform"]
+__all__ = ["Accumulator", "Gemm", "Recipe", "TensorSpec", "Transform", "spec_from", "spell_spec"]
 
 
 class Transform(enum.Enum):
@@ -121,18 +121,26 @@ _MODES: Mapping[str, Callable[[str], Any]] = MappingProxyType(
 )
 
 
-def _enum_value(value: Any) -> Any:
-    assert isinstance(value, enum.Enum)
-    return value.value
+def spell_spec(spec: TensorSpec) -> dict[str, Any]:
+    """The spec as what JSON holds, for `spec_from` to read back: all that casting needs, and so not how delayed scales are updated."""
+    scaling: dict[str, Any] = {"kind": type(spec.scaling).__name__}
+    if not isinstance(spec.scaling, Delayed):
+        settings = {item.name: getattr(spec.scaling, item.name) for item in fields(spec.scaling)}
+        scaling |= {name: value.value if isinstance(value, enum.Enum) else value for name, value in settings.items()}
+    modes = {name: getattr(spec, name).value for name in _MODES}
+    return {"format": spec.format.name, "scaling": scaling, **modes}
 
 
-def _scaling_from(spelled: Mapping[str, Any]) -> Scaling:
-    """The scaling that `Recipe.cast_key` spelled."""
+def spec_from(spelled: Mapping[str, Any]) -> TensorSpec:
+    """The spec that `spell_spec` spelled; delayed scaling comes back with its defaults."""
     kinds = {kind.__name__: kind for kind in (Unscaled, Current, Delayed, Row, Block, TwoLevel)}
-    arguments = {name: value for name, value in spelled.items() if name != "kind"}
-    if "scale" in arguments:
-        arguments["scale"] = BlockScale(arguments["scale"])
-    return kinds[spelled["kind"]](**arguments)
+    settings = {name: value for name, value in spelled["scaling"].items() if name != "kind"}
+    if "scale" in settings:
+        settings["scale"] = BlockScale(settings["scale"])
+    scaling: Scaling = kinds[spelled["scaling"]["kind"]](**settings)
+    return TensorSpec(
+        get_format(spelled["format"]), scaling, **{name: kind(spelled[name]) for name, kind in _MODES.items()}
+    )
 
 
 def _check_cell(place: str, cell: str, spec: TensorSpec) -> None:
@@ -163,6 +171,8 @@ class Recipe:
     """The delayed scaling that its tensors share, or None where the recipe keeps no state."""
     maxima: Mapping[str, float] = field(init=False, repr=False, compare=False)
     """format.max of each tensor whose scaling is delayed, by its name."""
+    stochastic: bool = field(init=False, repr=False, compare=False)
+    """Whether any cell rounds stochastically, so that layers need random draws."""
     cast_key: str = field(init=False, repr=False, compare=False)
     """The table as text that `from_cast_key` reads back: all that casting needs, and so not how delayed scales are updated."""
 
@@ -186,17 +196,19 @@ class Recipe:
             raise ValueError(
                 f"{self.name}: the tensors of one recipe share their amax history; give all the same Delayed(...)"
             )
-        for gemm in _GEMMS:
+        for gemm, (left, right, _) in _GEMMS.items():
             row: Gemm = getattr(self, gemm)
             transforms = [Transform.NONE if spec is None else spec.transform for spec in (row.left, row.right)]
             if transforms[0] is not transforms[1]:
                 raise ValueError(
-                    f"{self.name}.{gemm}: left has transform {transforms[0].value} and right {transforms[1].value}, whose product is "
-                    "another; give both operands the same transform"
+                    f"{self.name}.{gemm}: left ({left}) has transform {transforms[0].value} and right ({right}) {transforms[1].value}, "
+                    "whose product is another; give both operands the same transform"
                 )
         shared = next((spec.scaling for spec in delayed.values()), None)
         object.__setattr__(self, "delayed", shared)
         object.__setattr__(self, "maxima", {tensor: spec.format.max for tensor, spec in delayed.items()})
+        drawing = [spec for *_, spec in self.cells() if spec is not None and spec.rounding is Rounding.STOCHASTIC]
+        object.__setattr__(self, "stochastic", bool(drawing))
         object.__setattr__(self, "cast_key", self._spelled())
 
     @classmethod
@@ -232,17 +244,9 @@ class Recipe:
         return hash(self.cast_key)  # recipes key the caches of every layer
 
     def _spelled(self) -> str:
-        spelled = {}
-        for gemm, cell, _, spec in self.cells():
-            if spec is None:
-                continue
-            scaling: dict[str, Any] = {"kind": type(spec.scaling).__name__}
-            if not isinstance(spec.scaling, Delayed):
-                scaling |= {item.name: getattr(spec.scaling, item.name) for item in fields(spec.scaling)}
-            modes = {name: getattr(spec, name).value for name in _MODES}
-            spelled[f"{gemm}.{cell}"] = {"format": spec.format.name, "scaling": scaling, **modes}
+        spelled = {f"{gemm}.{cell}": spell_spec(spec) for gemm, cell, _, spec in self.cells() if spec is not None}
         accumulators = {gemm: getattr(self, gemm).accumulator.value for gemm in _GEMMS}
-        return json.dumps({"accumulators": accumulators, "cells": spelled}, default=_enum_value)
+        return json.dumps({"accumulators": accumulators, "cells": spelled})
 
     @staticmethod
     @functools.lru_cache(maxsize=256)
@@ -254,11 +258,7 @@ class Recipe:
         }
         for place, cell in spelled["cells"].items():
             gemm, _, side = place.partition(".")
-            rows[gemm][side] = TensorSpec(
-                get_format(cell["format"]),
-                _scaling_from(cell["scaling"]),
-                **{name: kind(cell[name]) for name, kind in _MODES.items()},
-            )
+            rows[gemm][side] = spec_from(cell)
         output, grad_input, grad_weight = (Gemm(**rows[gemm]) for gemm in _GEMMS)
         return Recipe(output=output, grad_input=grad_input, grad_weight=grad_weight)
 

@@ -14,7 +14,7 @@ import octavo.torch as ot
 from octavo import TensorSpec
 from octavo.formats import E4M3FN, E5M2
 from octavo.recipes import Recipe, current_scaling, delayed_scaling
-from octavo.rounding import Overflow, Rounding
+from octavo.rounding import Overflow
 from octavo.scaling import Current
 
 RECIPES = {"delayed": delayed_scaling(), "current": current_scaling(), "pow2": current_scaling(use_power_2_scales=True)}
@@ -212,15 +212,6 @@ def test_a_recipe_is_not_its_name() -> None:
     ):
         with pytest.raises(ValueError, match=r"recipe is a Recipe .*; got str"):
             call(recipe="delayed")
-
-
-def test_stochastic_rounding_is_refused_and_not_repeated() -> None:
-    recipe = Recipe.from_tensors(grad_output=TensorSpec(E5M2, rounding=Rounding.STOCHASTIC))
-    with (
-        pytest.raises(ValueError, match="no random draws to round e5m2 unscaled stochastic"),
-        ot.autocast(recipe=recipe),
-    ):
-        ot.Linear(4, 4)(torch.ones(1, 4))
 
 
 def test_gradients_of_gradients_are_refused() -> None:

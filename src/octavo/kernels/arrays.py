@@ -39,6 +39,7 @@ class Library:
     size: Callable[[Any], int]
     from_numpy: Callable[[Any], Any]
     to_numpy: Callable[[Any], Any]
+    astype_float32: Callable[[Any], Any]
 
     def buffer(self, x: Any) -> Buffer:
         """A contiguous array as the kernels take it.  Raises ValueError for a dtype that is no float."""
@@ -60,6 +61,7 @@ def _numpy() -> Library:
         size=lambda x: int(x.size),
         from_numpy=lambda x: x,
         to_numpy=lambda x: x,
+        astype_float32=lambda x: x.astype(np.float32, copy=False),
     )
 
 
@@ -82,6 +84,7 @@ def _torch() -> Library:
         size=lambda x: int(x.numel()),
         from_numpy=torch.from_numpy,
         to_numpy=lambda x: x.numpy(),
+        astype_float32=lambda x: x.float(),
     )
 
 

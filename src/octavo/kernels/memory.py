@@ -9,7 +9,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-__all__ = ["at", "atomic_add", "atomic_max", "prefetch", "wide_vectors"]
+__all__ = ["at", "atomic_add", "atomic_max", "fma", "prefetch", "wide_vectors"]
 
 
 def _atomic(operation: str) -> Any:
@@ -49,6 +49,16 @@ def wide_vectors(typing_context):
         return context.get_dummy_value()
 
     return types.void(), generate
+
+
+@intrinsic
+def fma(typing_context, a, b, c):
+    """a * b + c of float32, rounded once."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.fma(*arguments)
+
+    return types.float32(types.float32, types.float32, types.float32), generate
 
 
 def _prefetch_line(write: bool) -> Any:

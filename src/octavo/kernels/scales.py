@@ -14,9 +14,10 @@ from numba import carray, cfunc, njit, types
 
 from octavo.kernels import memory
 
-__all__ = ["current_scale", "gather_amax", "roll_history", "roll_history_at"]
+__all__ = ["add_scaled", "current_scale", "gather_amax", "roll_history", "roll_history_at"]
 
 _at: Any = memory.at
+_fma: Any = memory.fma
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -130,3 +131,13 @@ def roll_history_at(
     arguments = _Roll()
     _ROLL.pack_into(arguments, 0, history, steps, tensors, before, scale, maximum, most_recent, margin)
     _roll_history.ctypes(ctypes.addressof(arguments))
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def add_scaled(p: Any, d_left: Any, d_right: Any, y: Any) -> None:
+    """y = memory.fma(p * d_left, d_right, y), d_left by rows and d_right by columns."""
+    for i in range(p.shape[0]):
+        d = d_left[i]
+        row, into = p[i], y[i]
+        for j in range(p.shape[1]):
+            into[j] = _fma(np.float32(row[j] * d), d_right[j], into[j])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
+import zlib
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
@@ -43,7 +44,8 @@ def convert(model: M, recipe: Recipe | None = None, exempt: Iterable[str] = ()) 
         if isinstance(layer, Linear):
             layer.recipe = recipe
         else:
-            Linear.adopt(layer, recipe)
+            # Its own seed for stochastic rounding: layers of one shape must not draw alike.
+            Linear.adopt(layer, recipe).draws[0] = zlib.crc32(name.encode())
     return model
 
 

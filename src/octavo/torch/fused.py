@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from octavo.kernels import chain, cpu, loops, threads
 from octavo.kernels.chain import Between, Head, Product, Step
@@ -19,7 +18,7 @@ from octavo.kernels.loops import Slot
 from octavo.scaling import Current
 from octavo.torch import gemm
 
-__all__ = ["Operand", "Pass", "Shape", "dense", "ready"]
+__all__ = ["Operand", "Pass", "Shape", "ready"]
 
 _MOST_STEPS = 8
 _START = 8 * (len(Head) + Step.WORDS * _MOST_STEPS)
@@ -51,11 +50,6 @@ class Shape(NamedTuple):
 def ready(size: int, *dtypes: torch.dtype) -> bool:
     """Whether products of that size (0 is none) and tensors of these dtypes can be chained on this machine."""
     return size > 0 and torch.float64 not in dtypes and gemm.bf16_gemm() is not None and threads.gomp() is not None
-
-
-def dense(x: Tensor) -> Tensor:
-    """`x` in contiguous memory that holds its own values."""
-    return x.resolve_neg() if x.is_neg() else x if x.is_contiguous() else x.contiguous()
 
 
 class Pass:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["PLAIN", "TRANSPOSED", "bf16_gemm", "inverse", "matmul", "operand_dtype"]
+__all__ = ["PLAIN", "TRANSPOSED", "bf16_gemm", "dense", "inverse", "matmul", "operand_dtype"]
 
 _ROW_MAJOR = 101
 PLAIN, TRANSPOSED = 111, 112
@@ -42,6 +42,11 @@ def inverse(scale: float) -> float:
     return ctypes.c_float(1.0 / scale).value
 
 
+def dense(x: torch.Tensor) -> torch.Tensor:
+    """`x` in contiguous memory that holds its own values."""
+    return x.resolve_neg() if x.is_neg() else x if x.is_contiguous() else x.contiguous()
+
+
 def operand_dtype() -> torch.dtype:
     """What the values of 8-bit operands are held in: the dtype that `matmul` is fastest on."""
     return torch.float32 if bf16_gemm() is None else torch.bfloat16
@@ -59,7 +64,8 @@ def matmul(
 ) -> torch.Tensor:
     """`factor * (a @ b) + bias`, added up in float32 and rounded once to `dtype`.
 
-    a: [M, K], or [K, M] where `a_transposed`; b: [K, N], or [N, K] where `b_transposed`; contiguous; bias: [N].  Returns [M, N].
+    a: [M, K], or [K, M] where `a_transposed`; b: [K, N], or [N, K] where `b_transposed`; rows contiguous; bias: [N].
+    Returns [M, N].
     Operands that are not both bfloat16 are multiplied in float32, or in float64 where one of them, uncast, is float64.
     """
     m, k = a.shape[::-1] if a_transposed else a.shape
@@ -84,9 +90,9 @@ def matmul(
         k,
         factor,
         a.data_ptr(),
-        a.shape[1],
+        max(a.stride(0), a.shape[1]),
         b.data_ptr(),
-        b.shape[1],
+        max(b.stride(0), b.shape[1]),
         0.0 if bias is None else 1.0,
         out.data_ptr(),
         n,

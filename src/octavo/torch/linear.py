@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from octavo.recipes import Recipe, delayed_scaling
 from octavo.torch import context, ops
+from octavo.torch.operands import KINDS
 from octavo.torch.state import ScaledLayer
-from octavo.torch.table import KINDS
 
 __all__ = ["DEFAULT_RECIPE", "Linear"]
 
@@ -81,6 +81,7 @@ class Linear(nn.Linear, ScaledLayer):
         record = delayed is not None and self.training and grads
         if delayed is not None and record and (compiling or progress.steps != delayed.history):
             self.resize_histories(delayed.history)
+        record_draws = self.training and grads and not repeating
         buffers = self._buffers  # looked up as attributes they would cost a small layer a tenth of its time
 
         output, _, operand, facts = ops.linear(
@@ -93,6 +94,7 @@ class Linear(nn.Linear, ScaledLayer):
             self.scales_for(repeating=repeating),
             buffers["scale_backward"],
             buffers["amax_history_backward"],
+            self.next_draws(advance=record_draws) if recipe.stochastic else buffers["draws"],
             recipe.cast_key,
             _activation_dtype(input),
             record,
@@ -104,6 +106,15 @@ class Linear(nn.Linear, ScaledLayer):
             if frame is None:
                 self.update_forward_in_place()
         return output if input.dim() == 2 else output.reshape(*input.shape[:-1], self.out_features)
+
+    @property
+    def activation_bytes(self) -> tuple[int, int]:
+        """(held, input): bytes that the last forward pass holds of its input for the backward pass, and bytes of that input.
+
+        Eager only.  Inputs of `octavo.torch.table.PACK` elements and more, and all under recipes with scales of blocks, are held in
+        codes with their scales; smaller ones as bfloat16 operands where the processor multiplies those.
+        """
+        return self.progress.held
 
     def extra_repr(self) -> str:
         recipe = "" if self.recipe is None else f", recipe={self.recipe.name}"

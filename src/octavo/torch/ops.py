@@ -14,34 +14,47 @@ import torch
 from torch import Tensor
 
 from octavo.kernels import threads
-from octavo.recipes import Recipe
 from octavo.torch import context, fused
-from octavo.torch.gemm import matmul, operand_dtype
+from octavo.torch.gemm import dense, operand_dtype
+from octavo.torch.operands import Operand
+from octavo.torch.products import product
 from octavo.torch.state import gather
-from octavo.torch.table import Table, backward_pass, operand, output_pass, result, table_of
+from octavo.torch.table import (
+    Table,
+    backward_pass,
+    bytes_of,
+    held_input,
+    input_of,
+    operand,
+    output_pass,
+    result,
+    seed_of,
+    table_of,
+)
 
 __all__ = ["linear"]
 
 _library = torch.library.Library("octavo", "DEF")
 _library.define(
     "linear(Tensor input, Tensor weight, Tensor? bias, Tensor? kept_weight, Tensor? kept_factor, Tensor scales, "
-    "Tensor grad_scales, Tensor grad_history, str recipe, ScalarType dtype, bool record) -> (Tensor, Tensor, Tensor, Tensor)"
+    "Tensor grad_scales, Tensor grad_history, Tensor draws, str recipe, ScalarType dtype, bool record) -> "
+    "(Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
-    "linear_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor facts, Tensor scales, str recipe, "
+    "linear_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor facts, Tensor scales, Tensor draws, str recipe, "
     "bool[] needs, bool record) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
 def linear(layer: Any, keep: bool, *arguments: Any) -> tuple[Tensor, Tensor | None, Tensor | None, Any]:
     """output = input @ weight.T + bias, cast as `recipe` says, of `linear(layer, keep, input, weight, bias, kept_weight, kept_factor,
-    scales, grad_scales, grad_history, recipe, dtype, record)`.
+    scales, grad_scales, grad_history, draws, recipe, dtype, record)`.
 
     layer: whose scales these are; keep: whether the weight operand is wanted for later calls; input: [T, I]; weight: [O, I]; bias: [O]
     or None; kept_weight, kept_factor: the weight operand of an earlier call and, float32 [1], what undoes its scale, to use again, or
     None; scales: float32 [3] (input, weight, output); grad_scales, grad_history: float32 [2] and [steps, 2] (grad_output, grad_input),
-    for the backward pass; recipe: a `Recipe.cast_key`; dtype: of the output; record: whether the backward pass takes its amaxes into
-    row 0 of grad_history.
+    for the backward pass; draws: int64 [2], the layer's seed and step, for stochastic rounding; recipe: a `Recipe.cast_key`; dtype: of
+    the output; record: whether the backward pass takes its amaxes into row 0 of grad_history.
     Returns output [T, O]; the operands of input and weight as multiplied, empty where the recipe leaves them in high precision; and
     facts, float32 [5]: the factors that undo the scales of input and weight, the amaxes of input, weight and output.
     Eager CPU tensors are not dispatched: facts are then Python floats, and None stands for the operands that are not needed.
@@ -61,13 +74,14 @@ def _forward(
     kept_factor: Tensor | None,
     scales: Tensor,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, tuple[float, ...]]:
+    seed: int,
+) -> tuple[Tensor, Operand, Operand, tuple[float, ...]]:
     """`octavo::linear` but for two things: facts are Python floats, and uncast operands are there."""
     row = table.output
     s_input, s_weight, s_output = scales.tolist()
     (t, i), o = input.shape, weight.shape[0]
     if table.fuses[0] and kept_weight is None and fused.ready(t * i * o, input.dtype, weight.dtype):
-        input, weight = fused.dense(input), fused.dense(weight)
+        input, weight = dense(input), dense(weight)
         x, w = torch.empty(t, i, dtype=torch.bfloat16), torch.empty(o, i, dtype=torch.bfloat16)
         y = torch.empty(t, o)
         base = None if bias is None else bias.float().contiguous()
@@ -77,16 +91,22 @@ def _forward(
             ((input.data_ptr(), x.data_ptr(), s_input), (weight.data_ptr(), w.data_ptr(), s_weight)),
             ((x.data_ptr(), w.data_ptr(), y.data_ptr(), 0 if base is None else base.data_ptr(), 1.0),),
         )
-        return y if dtype is torch.float32 else y.to(dtype), x, w, (x_factor, w_factor, x_amax, w_amax, 0.0)
-    x, x_factor, x_amax = operand(input, row.left, s_input)
+        facts = (x_factor, w_factor, x_amax, w_amax, 0.0)
+        return (
+            y if dtype is torch.float32 else y.to(dtype),
+            Operand(x, True, x_factor),
+            Operand(w, True, w_factor),
+            facts,
+        )
+    left = operand(input, row.left, s_input, seed, last=True)
     if kept_weight is None or kept_factor is None:
-        w, w_factor, w_amax = operand(weight, row.right, s_weight)
+        right = operand(weight, row.right, s_weight, seed, last=True)
     else:
-        w, w_factor, w_amax = kept_weight.clone(), kept_factor.item(), 0.0
+        right = Operand(kept_weight.clone(), True, kept_factor.item())
     wide = dtype if row.result is None else torch.float32
-    y = matmul(x, w, b_transposed=True, factor=x_factor * w_factor, bias=bias, dtype=wide)
-    y, y_amax = result(y, row.result, s_output, dtype)
-    return y, x, w, (x_factor, w_factor, x_amax, w_amax, y_amax)
+    y = product(left, right, row.accumulator, bias=bias, dtype=wide)
+    y, y_amax = result(y, row.result, s_output, seed, dtype)
+    return y, left, right, (left.factor, right.factor, left.amax, right.amax, y_amax)
 
 
 def _linear_cpu(
@@ -98,14 +118,22 @@ def _linear_cpu(
     scales: Tensor,
     grad_scales: Tensor,
     grad_history: Tensor,
+    draws: Tensor,
     recipe: str,
     dtype: torch.dtype,
     record: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     table = table_of(recipe)
-    y, x, w, facts = _forward(table, input, weight, bias, kept_weight, kept_factor, scales, dtype)
-    left, right, _ = table.output
-    return y, torch.empty(0) if left is None else x, torch.empty(0) if right is None else w, torch.tensor(facts)
+    y, x, w, facts = _forward(
+        table, input, weight, bias, kept_weight, kept_factor, scales, dtype, seed_of(draws, table)
+    )
+    left, right = table.output[:2]
+    return (
+        y,
+        x.values if left is not None and left.simple else torch.empty(0),
+        w.values if right is not None and right.simple else torch.empty(0),
+        torch.tensor(facts),
+    )
 
 
 def _linear_fake(
@@ -117,15 +145,16 @@ def _linear_fake(
     scales: Tensor,
     grad_scales: Tensor,
     grad_history: Tensor,
+    draws: Tensor,
     recipe: str,
     dtype: torch.dtype,
     record: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    row, held = Recipe.from_cast_key(recipe).output, operand_dtype()
+    (left, right), held = table_of(recipe).output[:2], operand_dtype()
     return (
         input.new_empty((input.shape[0], weight.shape[0]), dtype=dtype),
-        input.new_empty(0) if row.left is None else input.new_empty(input.shape, dtype=held),
-        input.new_empty(0) if row.right is None else weight.new_empty(weight.shape, dtype=held),
+        input.new_empty(input.shape, dtype=held) if left is not None and left.simple else input.new_empty(0),
+        weight.new_empty(weight.shape, dtype=held) if right is not None and right.simple else input.new_empty(0),
         scales.new_empty(5),
     )
 
@@ -133,50 +162,63 @@ def _linear_fake(
 def _backward(
     table: Table,
     grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    factors: Sequence[float],
+    input: Tensor | Operand | None,
+    weight: Tensor | Operand,
     scales: Tensor,
     needs: Sequence[bool],
+    seed: int,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, tuple[float, float]]:
     """`octavo::linear_backward` but for two things: amaxes are Python floats, and what is not wanted is None."""
     s_grad_output, s_grad_input = scales.tolist()
-    x_factor, w_factor = factors[:2]
     dtype = grad_output.dtype
     grad_input = grad_weight = None
-    g, g_factor, g_amax, i_amax = grad_output, 1.0, 0.0, 0.0
+    g, i_amax = Operand(grad_output), 0.0
     grad_bias = grad_output.sum(0) if needs[2] else None
-    (t, o), i = grad_output.shape, weight.shape[1]
-    if table.fuses[1] and (needs[0] or needs[1]) and fused.ready(t * i * o, dtype):
-        grad_output = fused.dense(grad_output)
-        g = torch.empty(t, o, dtype=torch.bfloat16)
-        products = []
-        if needs[0]:
-            grad_input = torch.empty(t, i)
-            products.append((g.data_ptr(), weight.data_ptr(), grad_input.data_ptr(), 0, w_factor))
-        if needs[1]:
-            grad_weight = torch.empty(o, i)
-            products.append((g.data_ptr(), input.data_ptr(), grad_weight.data_ptr(), 0, x_factor))
-        run = backward_pass(table.recipe, t, i, o, dtype, (needs[0], needs[1]), threads.count())
-        ((_, g_amax),) = run(((grad_output.data_ptr(), g.data_ptr(), s_grad_output),), products)
-        if dtype is not torch.float32:
-            grad_input, grad_weight = (x if x is None else x.to(dtype) for x in (grad_input, grad_weight))
-        return grad_input, grad_weight, grad_bias, (g_amax, 0.0)
+    if table.fuses[1] and isinstance(weight, Operand) and (input is None or isinstance(input, Operand)):
+        found = _fused_backward(table, grad_output, input, weight, s_grad_output, needs)
+        if found is not None:
+            return found[0], found[1], grad_bias, (found[2], 0.0)
     if needs[0]:
         row = table.grad_input
-        g, g_factor, g_amax = operand(grad_output, row.left, s_grad_output)
-        w, w_factor, _ = (weight, w_factor, 0.0) if table.cast[1] else operand(weight, row.right, 1.0)
-        grad_input = matmul(g, w, factor=g_factor * w_factor, dtype=dtype if row.result is None else torch.float32)
-        grad_input, i_amax = result(grad_input, row.result, s_grad_input, dtype)
+        g = operand(grad_output, row.left, s_grad_output, seed, last=True)
+        w = weight if isinstance(weight, Operand) else operand(weight, row.right, 1.0, seed, last=False)
+        grad_input = product(g, w, row.accumulator, dtype=dtype if row.result is None else torch.float32)
+        grad_input, i_amax = result(grad_input, row.result, s_grad_input, seed, dtype)
     if needs[1]:
+        assert input is not None
         row = table.grad_weight
-        if not (needs[0] and table.grad_output_once):
-            g, g_factor, g_amax = operand(grad_output, row.left, s_grad_output)
-        x, x_factor, _ = (input, x_factor, 0.0) if table.cast[0] else operand(input, row.right, 1.0)
-        wide = dtype if row.result is None else torch.float32
-        grad_weight = matmul(g, x, a_transposed=True, factor=g_factor * x_factor, dtype=wide)
-        grad_weight, _ = result(grad_weight, row.result, 1.0, dtype)
-    return grad_input, grad_weight, grad_bias, (g_amax, i_amax)
+        once = needs[0] and table.grad_output_once
+        turned = g._replace(last=False) if once else operand(grad_output, row.left, s_grad_output, seed, last=False)
+        g = g if needs[0] else turned
+        x = input if isinstance(input, Operand) else operand(input, row.right, 1.0, seed, last=False)
+        grad_weight = product(turned, x, row.accumulator, dtype=dtype if row.result is None else torch.float32)
+        grad_weight, _ = result(grad_weight, row.result, 1.0, seed, dtype)
+    return grad_input, grad_weight, grad_bias, (g.amax, i_amax)
+
+
+def _fused_backward(
+    table: Table, grad_output: Tensor, input: Operand | None, weight: Operand, scale: float, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, float] | None:
+    """grad_input, grad_weight and grad_output's amax by one chain of kernels, or None where it cannot be."""
+    (t, o), i = grad_output.shape, weight.values.shape[1]
+    if not (needs[0] or needs[1]) or not fused.ready(t * i * o, grad_output.dtype):
+        return None
+    dtype, grad_output = grad_output.dtype, dense(grad_output)
+    grad_input = grad_weight = None
+    g = torch.empty(t, o, dtype=torch.bfloat16)
+    products = []
+    if needs[0]:
+        grad_input = torch.empty(t, i)
+        products.append((g.data_ptr(), weight.values.data_ptr(), grad_input.data_ptr(), 0, weight.factor))
+    if needs[1]:
+        assert input is not None
+        grad_weight = torch.empty(o, i)
+        products.append((g.data_ptr(), input.values.data_ptr(), grad_weight.data_ptr(), 0, input.factor))
+    run = backward_pass(table.recipe, t, i, o, dtype, (needs[0], needs[1]), threads.count())
+    ((_, amax),) = run(((grad_output.data_ptr(), g.data_ptr(), scale),), products)
+    if dtype is not torch.float32:
+        grad_input, grad_weight = (x if x is None else x.to(dtype) for x in (grad_input, grad_weight))
+    return grad_input, grad_weight, amax
 
 
 def _linear_backward_cpu(
@@ -185,6 +227,7 @@ def _linear_backward_cpu(
     weight: Tensor,
     facts: Tensor,
     scales: Tensor,
+    draws: Tensor,
     recipe: str,
     needs: list[bool],
     record: bool,
@@ -196,7 +239,11 @@ def _linear_backward_cpu(
     wanted; record: whether scales are to be updated when this backward pass ends.  Returns grad_input [T, I], grad_weight [O, I] and
     grad_bias [O], the sum of the uncast grad_output, in grad_output's dtype, empty where not wanted, and amaxes, float32 [2].
     """
-    *gradients, amaxes = _backward(table_of(recipe), grad_output, input, weight, facts.tolist(), scales, needs)
+    table = table_of(recipe)
+    x_factor, w_factor, *_ = facts.tolist()
+    x = Operand(input, False, x_factor) if table.cast[0] else input
+    w = Operand(weight, False, w_factor) if table.cast[1] else weight
+    *gradients, amaxes = _backward(table, grad_output, x, w, scales, needs, seed_of(draws, table))
     if record:
         context.update_after_backward(None)
     one, two, three = (grad_output.new_empty(0) if gradient is None else gradient for gradient in gradients)
@@ -209,6 +256,7 @@ def _linear_backward_fake(
     weight: Tensor,
     facts: Tensor,
     scales: Tensor,
+    draws: Tensor,
     recipe: str,
     needs: list[bool],
     record: bool,
@@ -235,24 +283,29 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, others: Any) -> tuple[Any, ...]:
         # One argument for all that has no gradient: torch looks at each.
-        layer, keep, kept, factor, scales, ctx.grad_scales, ctx.grad_history, ctx.recipe, dtype, ctx.record = others
+        layer, keep, kept, factor, scales, ctx.grad_scales, ctx.grad_history, draws, ctx.recipe, dtype, ctx.record = (
+            others
+        )
         table = table_of(ctx.recipe)
-        ctx.layer = layer
+        ctx.layer, ctx.draws = layer, draws
+        ctx.set_materialize_grads(False)
         if layer is not None:
-            output, x, w, ctx.facts = _forward(table, input, weight, bias, kept, factor, scales, dtype)
-            ctx.save_for_backward(x if table.cast[0] else input, w if table.cast[1] else weight)
-            ctx.set_materialize_grads(False)
-            if not keep or table.output.right is None:
-                return output, None, None, ctx.facts
-            ctx.mark_non_differentiable(w)
-            return output, None, w, ctx.facts
+            ctx.seed = seed_of(draws, table)
+            output, x, w, facts = _forward(table, input, weight, bias, kept, factor, scales, dtype, ctx.seed)
+            held, ctx.input = held_input(table, input, x, ctx.seed) if ctx.needs_input_grad[1] else (None, None)
+            ctx.weight = w._replace(last=False) if table.cast[1] else None
+            ctx.save_for_backward(held, w.values if table.cast[1] else weight)
+            if held is not None:
+                layer.progress.held = bytes_of(held, ctx.input), input.nbytes
+            if not keep or table.output.right is None or not table.output.right.simple:
+                return output, None, None, facts
+            ctx.mark_non_differentiable(w.values)
+            return output, None, w.values, facts
         with torch._C._AutoDispatchBelowAutograd():
             returned: tuple[Tensor, ...] = torch.ops.octavo.linear.default(input, weight, bias, *others[2:])
-        _, x, w, facts = returned
-        ctx.facts = None
-        ctx.save_for_backward(x if table.cast[0] else input, w if table.cast[1] else weight, facts)
-        ctx.mark_non_differentiable(x, w, facts)
-        ctx.set_materialize_grads(False)
+        _, x_values, w_values, tensor_facts = returned
+        ctx.save_for_backward(x_values if table.cast[0] else input, w_values if table.cast[1] else weight, tensor_facts)
+        ctx.mark_non_differentiable(*returned[1:])
         return returned
 
     @staticmethod
@@ -265,15 +318,17 @@ class _Linear(torch.autograd.Function):
 
 def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad[:3]
-    if ctx.facts is not None:
+    if ctx.layer is not None:
         table = table_of(ctx.recipe)
-        input, weight = ctx.saved_tensors
-        *gradients, amaxes = _backward(table, grad_output, input, weight, ctx.facts, ctx.grad_scales, needs)
+        held, weight = ctx.saved_tensors
+        w = weight if ctx.weight is None else ctx.weight._replace(values=weight)
+        x = None if held is None else input_of(table, held, ctx.input)
+        *gradients, amaxes = _backward(table, grad_output, x, w, ctx.grad_scales, needs, ctx.seed)
         if ctx.record:
             context.update_after_backward(ctx.layer)
     else:
         *found, amaxes = torch.ops.octavo.linear_backward.default(
-            grad_output, *ctx.saved_tensors, ctx.grad_scales, ctx.recipe, needs, ctx.record
+            grad_output, *ctx.saved_tensors, ctx.grad_scales, ctx.draws, ctx.recipe, needs, ctx.record
         )
         gradients = [gradient if need else None for gradient, need in zip(found, needs, strict=True)]
     if ctx.record:

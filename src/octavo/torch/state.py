@@ -36,6 +36,8 @@ class Progress:
     """`updates` at the last forward pass."""
     steps: int | None = None
     """How long both histories are, where that is known."""
+    held: tuple[int, int] = (0, 0)
+    """Bytes that the last pass held of its input for the backward pass, and bytes of that input."""
     gathered: bool = False
     """Whether a training pass wrote forward amaxes since the last update."""
 
@@ -66,6 +68,7 @@ class ScaledLayer(nn.Module):
     scale_backward: Tensor
     amax_history_backward: Tensor
     scale_forward_before: Tensor
+    draws: Tensor
 
     def start_state(self, recipe: Recipe | None, device: torch.device) -> None:
         """Make the buffers and have `autocast` update them; `recipe` is the layer's own, where it has one."""
@@ -75,6 +78,7 @@ class ScaledLayer(nn.Module):
         for name, tensors in (("forward", FORWARD), ("backward", BACKWARD)):
             self.register_buffer(f"scale_{name}", torch.ones(len(tensors), device=device))
             self.register_buffer(f"amax_history_{name}", torch.zeros(0, len(tensors), device=device))
+        self.register_buffer("draws", torch.tensor([0, 0], device=device))
         # What scale_forward was before its last update: a recomputation has to cast as the pass that it repeats did.
         self.register_buffer("scale_forward_before", torch.ones(len(FORWARD), device=device), persistent=False)
         if recipe is not None and recipe.delayed is not None:
@@ -105,6 +109,13 @@ class ScaledLayer(nn.Module):
             new[: min(1, old.shape[0])] = old[:1]
             setattr(self, name, new)
         self.progress.steps = steps
+
+    def next_draws(self, *, advance: bool) -> Tensor:
+        """The seed and step of stochastic rounding, int64 [2]; advance: a training pass, which takes a step of its own."""
+        if advance:
+            with torch.no_grad():
+                self.draws[1] += 1
+        return self.draws.clone()
 
     def gather_forward(self, amaxes: Tensor | tuple[float, ...]) -> None:
         """Take the amaxes of a forward pass, one for each of `FORWARD`, into row 0."""
@@ -199,6 +210,7 @@ class ScaledLayer(nn.Module):
                     value.dim() == own.dim() == 2 and value.shape[0] != own.shape[0] and value.shape[1] == own.shape[1]
                 ):
                     setattr(self, name, torch.empty_like(value, dtype=torch.float32, device=own.device))
+        state_dict.setdefault(prefix + "draws", torch.zeros_like(self.draws))
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
 
 

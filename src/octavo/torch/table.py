@@ -8,69 +8,42 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from octavo.kernels import cpu
-from octavo.kernels.scales import current_scale
-from octavo.recipes import Recipe, TensorSpec
-from octavo.rounding import Rounding
-from octavo.scaling import Current, Delayed
+from octavo.table import Accumulator, Gemm, Recipe, TensorSpec
 from octavo.torch import fused
-from octavo.torch.gemm import inverse, operand_dtype
+from octavo.torch.operands import KINDS, Cast, Operand, Packed, plain
 
-__all__ = ["KINDS", "Cast", "Row", "Table", "backward_pass", "operand", "output_pass", "result", "table_of"]
-
-KINDS = {
-    torch.float32: cpu.Kind.FLOAT32,
-    torch.bfloat16: cpu.Kind.BFLOAT16,
-    torch.float16: cpu.Kind.FLOAT16,
-    torch.float64: cpu.Kind.FLOAT64,
-}
-"""The dtypes that a layer takes, as the kernels know them."""
-
-
-def _buffer(x: Tensor) -> cpu.Buffer:
-    return cpu.Buffer(x.data_ptr(), KINDS[x.dtype], x.numel())
-
-
-class Cast:
-    """A cell of the recipe's table, ready to cast tensors."""
-
-    __slots__ = ("_maximum", "caster", "current", "delayed")
-
-    def __init__(self, spec: TensorSpec) -> None:
-        if spec.rounding is Rounding.STOCHASTIC:
-            raise ValueError(
-                f"a layer has no random draws to round {spec} stochastically; use another rounding in its recipe"
-            )
-        self.caster = cpu.caster(spec.format, spec.rounding, spec.overflow)
-        self.current = spec.scaling if isinstance(spec.scaling, Current) else None
-        self.delayed = isinstance(spec.scaling, Delayed)
-        self._maximum = spec.format.max
-
-    def __call__(self, x: Tensor, delayed: float) -> tuple[Tensor, float, float]:
-        """A GEMM operand: the values of x's codes, the factor that undoes its scale, and x's amax.
-
-        delayed: the scale that the tensor's history gives, where the recipe goes by it.
-        """
-        x = fused.dense(x)
-        values = torch.empty(x.shape, dtype=operand_dtype())
-        source, scale = _buffer(x), delayed if self.delayed else 1.0
-        if self.current is not None:
-            current = self.current
-            scale = current_scale(cpu.amax(source), self._maximum, current.epsilon, current.power_of_two)
-        return values, inverse(scale), self.caster(source, _buffer(values), scale)
+__all__ = [
+    "Row",
+    "Table",
+    "backward_pass",
+    "bytes_of",
+    "held_input",
+    "input_of",
+    "operand",
+    "output_pass",
+    "result",
+    "seed_of",
+    "table_of",
+]
 
 
-def operand(x: Tensor, cast: Cast | None, delayed: float) -> tuple[Tensor, float, float]:
-    """As `Cast`; where there is none, x itself, the factor 1 and no amax."""
-    return (x.contiguous(), 1.0, 0.0) if cast is None else cast(x, delayed)
+def operand(x: Tensor, cast: Cast | None, delayed: float, seed: int, *, last: bool) -> Operand:
+    """x as a GEMM takes it; last: whether the GEMM contracts x's last axis."""
+    return plain(x, last) if cast is None else cast(x, delayed, seed)
 
 
-def result(y: Tensor, cast: Cast | None, delayed: float, dtype: torch.dtype) -> tuple[Tensor, float]:
+def result(y: Tensor, cast: Cast | None, delayed: float, seed: int, dtype: torch.dtype) -> tuple[Tensor, float]:
     """A GEMM result, cast and decoded where the recipe says so, and its amax."""
     if cast is None:
         return y, 0.0
-    values, factor, amax = cast(y, delayed)
-    return values.float().mul_(factor).to(dtype), amax
+    found = cast(y, delayed, seed)
+    values = found.values.float().mul_(found.factor)
+    if found.rows is not None:
+        values.mul_(found.rows[:, None])
+    if found.blocks is not None:
+        (across, along), (rows, columns) = found.block, y.shape
+        values.mul_(found.blocks.repeat_interleave(across, 0)[:rows].repeat_interleave(along, 1)[:, :columns])
+    return values.to(dtype), found.amax
 
 
 class Row(NamedTuple):
@@ -79,6 +52,7 @@ class Row(NamedTuple):
     left: Cast | None
     right: Cast | None
     result: Cast | None
+    accumulator: Accumulator
 
 
 class Table(NamedTuple):
@@ -90,9 +64,11 @@ class Table(NamedTuple):
     grad_output_once: bool
     """Whether grad_output is cast alike in both of its GEMMs."""
     cast: tuple[bool, bool]
-    """Whether input and weight are, so that the operands of `output` serve the backward pass."""
+    """Whether input and weight are, into values with at most one factor, so that the operands of `output` serve the backward pass."""
     fuses: tuple[bool, bool]
     """Whether the forward pass and the backward pass are one chain of kernels, where the machine and the tensors allow it."""
+    stochastic: bool
+    """Whether any cell draws at random."""
     recipe: str
     """Its `cast_key`."""
 
@@ -101,30 +77,48 @@ class Table(NamedTuple):
 def table_of(recipe: str) -> Table:
     table = Recipe.from_cast_key(recipe)
     rows = (table.output, table.grad_input, table.grad_weight)
-    output, grad_input, grad_weight = (
-        Row(*(None if spec is None else Cast(spec) for spec in (row.left, row.right, row.result))) for row in rows
-    )
-    once = table.grad_input.left == table.grad_weight.left
+    output, grad_input, grad_weight = (_row(row, number) for number, row in enumerate(rows))
+    first = grad_input.left
+    once = _shared(table.grad_input.left, table.grad_weight.left) and first is not None and first.simple
     cast = (
-        table.output.left is not None and table.output.left == table.grad_weight.right,
-        table.output.right is not None and table.output.right == table.grad_input.right,
+        _shared(table.output.left, table.grad_weight.right) and output.left is not None and output.left.simple,
+        _shared(table.output.right, table.grad_input.right) and output.right is not None and output.right.simple,
     )
+    plain_sums = [row.accumulator is Accumulator.FLOAT32 and row.result is None for row in rows]
     fuses = (
-        _fuses(output.left, output.right) and output.result is None,
-        _fuses(grad_input.left) and once and all(cast) and grad_input.result is None and grad_weight.result is None,
+        _fuses(output.left, output.right) and plain_sums[0],
+        _fuses(grad_input.left) and once and all(cast) and plain_sums[1] and plain_sums[2],
     )
-    return Table(output, grad_input, grad_weight, once, cast, fuses, recipe)
+    return Table(output, grad_input, grad_weight, once, cast, fuses, table.stochastic, recipe)
+
+
+_UPRIGHT = (False, False), (False, True), (True, True)
+"""Of each GEMM, whether it contracts the rows of its left and its right tensor as they lie in memory."""
+
+
+def _row(row: Gemm, number: int) -> Row:
+    specs, upright = (row.left, row.right, row.result), (*_UPRIGHT[number], False)
+    left, right, result = (
+        None if spec is None else Cast(spec, upright=stands, number=3 * number + place)
+        for place, (spec, stands) in enumerate(zip(specs, upright, strict=True))
+    )
+    return Row(left, right, result, row.accumulator)
+
+
+def _shared(one: TensorSpec | None, other: TensorSpec | None) -> bool:
+    """Whether two cells of a tensor ask for the same codes."""
+    return one == other and one is not None and one.cast_once
 
 
 def _fuses(*casts: Cast | None) -> bool:
-    """Whether casts can be links of a chain: those that round in float32 can."""
-    return all(cast is not None and cast.caster.format.signed for cast in casts)
+    """Whether casts can be links of a chain: those to nearest with one scale can."""
+    return all(cast is not None and cast.whole and not cast.stochastic for cast in casts)
 
 
 @functools.lru_cache(maxsize=1024)
 def output_pass(recipe: str, t: int, i: int, o: int, x: torch.dtype, w: torch.dtype, many: int) -> fused.Pass:
     """The GEMM `output` and its casts in one call."""
-    left, right, _ = table_of(recipe).output
+    left, right = table_of(recipe).output[:2]
     assert left is not None
     assert right is not None
     operands = (
@@ -144,3 +138,50 @@ def backward_pass(
     products = fused.Shape(t, i, o, False, False, (0,)), fused.Shape(o, i, t, True, False, (0,))
     needed = tuple(product for product, need in zip(products, needs, strict=True) if need)
     return fused.Pass((fused.Operand(left.caster, left.current, KINDS[g], t * o),), needed, many)
+
+
+def seed_of(draws: Tensor, table: Table) -> int:
+    """The seed of this pass, from a layer's seed and step; 0 where the recipe draws nothing."""
+    if not table.stochastic:
+        return 0
+    seed, step = draws.tolist()
+    return int((seed & 0xFFFFFFFF) << 32 | (step & 0xFFFFFFFF))
+
+
+PACK = 1 << 20
+"""From so many elements on, an activation is held in codes: for fewer, turning them back costs more time than it saves memory."""
+
+
+def held_input(table: Table, input: Tensor, operand: Operand, seed: int) -> tuple[Tensor, Operand | Packed | None]:
+    """What is held of the input for grad_weight: a tensor, and what makes an operand of it again (None: the cast, or nothing)."""
+    cast = table.grad_weight.right
+    if cast is None:
+        return input, None
+    if not table.cast[0]:
+        packed = cast.pack(input, 1.0, seed)
+        return packed.codes, packed._replace(codes=_NOTHING)
+    if input.numel() < PACK:
+        return operand.values, operand._replace(values=_NOTHING, last=False)
+    codes = cast.codes_of(operand.values)
+    return codes, cast.packed(_NOTHING, operand._replace(values=_NOTHING, last=False), codes.shape)
+
+
+def input_of(table: Table, held: Tensor, how: Operand | Packed | None) -> Tensor | Operand:
+    """The operand of grad_weight again, or the input itself where it is not cast."""
+    match how:
+        case Packed():
+            cast = table.grad_weight.right
+            assert cast is not None
+            return cast.unpack(how._replace(codes=held))
+        case Operand():
+            return how._replace(values=held)
+        case None:
+            return held
+
+
+def bytes_of(held: Tensor, how: Operand | Packed | None) -> int:
+    """Bytes that `held_input` holds."""
+    return held.nbytes + (how.nbytes if isinstance(how, Packed) else 0)
+
+
+_NOTHING = torch.empty(0)

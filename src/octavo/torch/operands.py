@@ -1,0 +1,200 @@
+"""GEMM operands: a cell of a recipe's table that casts, what comes of it, and the product of two.
+
+T tokens, I input features, O output features; an operand matrix is [rows, contracted], and `last` says whether its values lie so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from octavo.formats import E4M3FN, E8M0FNU
+from octavo.kernels import cpu, matrices
+from octavo.kernels.scales import current_scale
+from octavo.kernels.unpack import unpack
+from octavo.reference import block_shape
+from octavo.rounding import Overflow, Rounding
+from octavo.scaling import Block, BlockScale, Current, Delayed, Row, TwoLevel, Unscaled
+from octavo.table import TensorSpec, Transform
+from octavo.torch.gemm import dense, inverse, operand_dtype
+
+__all__ = ["KINDS", "Cast", "Operand", "Packed", "plain"]
+
+KINDS = {
+    torch.float32: cpu.Kind.FLOAT32,
+    torch.bfloat16: cpu.Kind.BFLOAT16,
+    torch.float16: cpu.Kind.FLOAT16,
+    torch.float64: cpu.Kind.FLOAT64,
+}
+"""The dtypes that a layer takes, as the kernels know them."""
+
+
+def _buffer(x: Tensor, kind: cpu.Kind | None = None) -> cpu.Buffer:
+    return cpu.Buffer(x.data_ptr(), KINDS[x.dtype] if kind is None else kind, x.numel())
+
+
+class Operand(NamedTuple):
+    """What a GEMM multiplies: values, and what undoes those scales that are not in them."""
+
+    values: Tensor
+    last: bool = True
+    """Whether the contracted axis is the last of values, else the first."""
+    factor: float = 1.0
+    """Undoes the one scale of the tensor."""
+    rows: Tensor | None = None
+    """float32 [rows of the operand matrix]: undoes a scale for each."""
+    blocks: Tensor | None = None
+    """float32 [blocks of rows, blocks along the contracted axis]: undoes those of blocks."""
+    block: tuple[int, int] = (1, 1)
+    """(across, along) of one."""
+    amax: float = 0.0
+
+
+class Packed(NamedTuple):
+    """An operand held in codes until the backward pass, and all else that makes it one again."""
+
+    codes: Tensor
+    """uint8, in the layout of the operand's values."""
+    back: np.ndarray[Any, Any]
+    """float32, of each block of the codes' layout what its values are multiplied with."""
+    block: tuple[int, int]
+    """(rows, columns) of one, in that layout."""
+    operand: Operand
+    """The operand, but for its values."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it holds."""
+        extra = [x for x in (self.operand.rows, self.operand.blocks) if x is not None]
+        return self.codes.numel() + self.back.nbytes + sum(4 * x.numel() for x in extra)
+
+
+def plain(x: Tensor, last: bool) -> Operand:
+    """An operand that the recipe leaves in high precision."""
+    return Operand(x.contiguous(), last)
+
+
+class Cast:
+    """A cell of the recipe's table, ready to cast tensors of two dimensions."""
+
+    __slots__ = ("caster", "current", "delayed", "folded", "number", "simple", "spec", "stochastic", "upright", "whole")
+
+    def __init__(self, spec: TensorSpec, *, upright: bool, number: int) -> None:
+        """upright: the GEMM contracts the rows of the tensor as it lies in memory; number: of the cell, for its random draws."""
+        self.spec, self.upright, self.number = spec, upright, number
+        self.stochastic = spec.rounding is Rounding.STOCHASTIC
+        self.caster = cpu.caster(spec.format, spec.rounding, spec.overflow)
+        self.current = spec.scaling if isinstance(spec.scaling, Current) else None
+        self.delayed = isinstance(spec.scaling, Delayed)
+        self.whole = isinstance(spec.scaling, (Unscaled, Current, Delayed))
+        exact = not isinstance(spec.scaling, Block) or spec.scaling.scale is not BlockScale.FLOAT32
+        self.folded = exact and not isinstance(spec.scaling, Row)
+        self.simple = self.folded and spec.transform is Transform.NONE
+
+    def __call__(self, x: Tensor, delayed: float, seed: int = 0) -> Operand:
+        """The operand that x makes.  delayed: the scale that its history gives, where the recipe goes by it; seed: of random draws."""
+        x, upright = self._laid(x)
+        if not self.whole:
+            values = torch.empty(x.shape, dtype=operand_dtype())
+            return self._in_blocks(x, upright, seed, values, None)[0]
+        values = torch.empty(x.shape, dtype=operand_dtype())
+        scale = self._scale(x, delayed)
+        amax = self.caster(_buffer(x), _buffer(values), scale, 1.0, seed, self.number << 56)
+        return Operand(values, not upright, inverse(scale), amax=amax)
+
+    def pack(self, x: Tensor, delayed: float, seed: int = 0) -> Packed:
+        """The same, held in codes."""
+        x, upright = self._laid(x)
+        codes = torch.empty(x.shape, dtype=torch.uint8)
+        if not self.whole:
+            packed = self._in_blocks(x, upright, seed, codes, cpu.Kind.CODES)[1]
+            assert packed is not None
+            return packed
+        scale = self._scale(x, delayed)
+        amax = self.caster(_buffer(x), _buffer(codes, cpu.Kind.CODES), scale, 1.0, seed, self.number << 56)
+        return self.packed(codes, Operand(codes[:0], not upright, inverse(scale), amax=amax), codes.shape)
+
+    def codes_of(self, values: Tensor) -> Tensor:
+        """The codes of an operand's values, which the format holds."""
+        codes = torch.empty(values.shape, dtype=torch.uint8)
+        exact = cpu.caster(self.spec.format, Rounding.NEAREST_EVEN, Overflow.NONE)
+        exact(_buffer(values), _buffer(codes, cpu.Kind.CODES))
+        return codes
+
+    def packed(self, codes: Tensor, operand: Operand, shape: Sequence[int]) -> Packed:
+        """Codes of a tensor with one scale, of that shape."""
+        return Packed(codes, np.ones((1, 1), np.float32), (max(shape[0], 1), max(shape[1], 1)), operand)
+
+    def unpack(self, packed: Packed) -> Operand:
+        """The operand again, to the bit."""
+        values = torch.empty(packed.codes.shape, dtype=operand_dtype())
+        shape = (values.shape[0], values.shape[1])
+        if values.numel():
+            unpack(packed.codes.data_ptr(), _buffer(values), packed.back, shape, packed.block, self.spec.format)
+        return packed.operand._replace(values=values)
+
+    def _laid(self, x: Tensor) -> tuple[Tensor, bool]:
+        """x in memory as this cast takes it, and whether the GEMM then contracts its rows."""
+        if not (self.stochastic or self.spec.transform is not Transform.NONE) or not self.upright:
+            x, upright = dense(x), self.upright
+        else:  # draws and transforms go by the place in the operand matrix
+            x, upright = x.t().contiguous(), False
+        return (matrices.hadamard(x) if self.spec.transform is not Transform.NONE else x), upright
+
+    def _scale(self, x: Tensor, delayed: float) -> float:
+        if self.current is None:
+            return delayed if self.delayed else 1.0
+        epsilon, power_of_two = self.current.epsilon, self.current.power_of_two
+        return current_scale(cpu.amax(_buffer(x)), self.spec.format.max, epsilon, power_of_two)
+
+    def _in_blocks(
+        self, x: Tensor, upright: bool, seed: int, target: Tensor, kind: cpu.Kind | None
+    ) -> tuple[Operand, Packed | None]:
+        """Cast with a scale for each block or row: the operand of target, and, where that is codes, what they are packed with."""
+        if x.dtype is torch.float64:
+            raise ValueError(
+                f"{self.spec} takes float32, bfloat16 and float16 layers; got float64: convert it (module.float())"
+            )
+        rows, columns = x.shape
+        across, along = block_shape(self.spec, *((columns, rows) if upright else (rows, columns)))
+        high, wide = (along, across) if upright else (across, along)
+        grid = -(-rows // high), -(-columns // wide)
+        two_level = isinstance(self.spec.scaling, TwoLevel)
+        e8m0 = isinstance(self.spec.scaling, Block) and self.spec.scaling.scale.is_e8m0
+        scales = np.empty(grid, np.uint8 if two_level or e8m0 else np.float32)
+        amax = 0.0
+        if x.numel():
+            amax = matrices.cast_blocks(
+                _buffer(x),
+                _buffer(target, kind),
+                scales.ctypes.data,
+                (rows, columns),
+                self.spec,
+                upright=upright,
+                decoded=int(self.folded and kind is None),
+                seed=seed,
+                offset=self.number << 56,
+            )
+        factor = 1.0
+        if two_level:
+            reciprocal = np.float32(1) / np.float32(E4M3FN.max * self.spec.format.max)
+            with np.errstate(over="ignore", invalid="ignore"):
+                factor = float(np.float32(amax) * reciprocal)
+        operand = Operand(target, not upright, factor, amax=amax)
+        if not x.numel():
+            pass  # nothing to undo
+        elif isinstance(self.spec.scaling, Row):
+            operand = operand._replace(rows=torch.from_numpy(scales.reshape(-1)))
+        elif not self.folded:
+            laid = scales.T.copy() if upright else scales
+            operand = operand._replace(blocks=torch.from_numpy(laid), block=(across, along))
+        if kind is None:
+            return operand, None
+        if not self.folded:
+            return operand, Packed(target, np.ones((1, 1), np.float32), (max(rows, 1), max(columns, 1)), operand)
+        back = E4M3FN.values[scales] if two_level else E8M0FNU.values[scales] if e8m0 else scales
+        return operand, Packed(target, np.ascontiguousarray(back), (high, wide), operand)
