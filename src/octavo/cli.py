@@ -85,7 +85,13 @@ def _root(
 def compare(
     data: Annotated[str, typer.Option(metavar="auto|mnist|digits", help="The images; auto: MNIST if found.")] = "auto",
     model: Annotated[str, typer.Option(metavar="cnn|mlp|fc", help="The network.")] = "mlp",
-    arms: Annotated[str | None, typer.Option(metavar="NAME,...", help="Which arms to run; default: all.")] = None,
+    arms: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="Which arms to run; 'all': one for each recipe too; default: the first five.",
+        ),
+    ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Default: by model and number of images.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Stop each arm after so many steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images a step; default: by model.")] = None,
@@ -118,11 +124,13 @@ def _config(
     seed: int,
 ) -> CompareConfig:
     """The flags as a config; raises `_UnknownName` with the nearest name."""
-    from octavo.lab.compare import ARMS, CompareConfig
+    from octavo.lab.arms import ARMS, DEFAULT_ARMS
+    from octavo.lab.compare import CompareConfig
     from octavo.lab.data import Source
     from octavo.lab.models import ModelName
 
-    names = tuple(ARMS) if arms is None else tuple(name.strip() for name in arms.split(",") if name.strip())
+    chosen = {None: DEFAULT_ARMS, "all": tuple(ARMS)}.get(arms)
+    names = chosen if chosen is not None else tuple(name.strip() for name in str(arms).split(",") if name.strip())
     for name in names:
         _require("arm", name, ARMS)
     _require("data set", data, (source.value for source in Source))

@@ -259,7 +259,9 @@ def roll_history(history: Array, scale: Array, maximum: Array, scaling: Delayed)
     rolled = xp.concatenate([zeros, history[2:], history[:1]]) if history.shape[0] > 1 else zeros
     if isinstance(scaling.algorithm, AmaxAlgorithm):
         bits = _magnitude(history)
-        seen = (last.view(xp.int32) > 0) | xp.isnan(last)  # `bits[0] != 0` compiles to a float comparison, which flushes
+        seen = (last.view(xp.int32) > 0) | xp.isnan(
+            last
+        )  # `bits[0] != 0` compiles to a float comparison, which flushes
         match scaling.algorithm:
             case AmaxAlgorithm.MAX:
                 peak = xp.amax(bits, 0).view(xp.float32)

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from octavo.lab import checkpoint, compare
-from octavo.lab.compare import ARMS, BASELINE, ArmResult, CompareConfig, Comparison, Mode, run
+from octavo.lab.arms import ARMS, BASELINE, DEFAULT_ARMS, Mode
+from octavo.lab.compare import ArmResult, CompareConfig, Comparison, run
 from octavo.lab.data import Dataset, Source, load
 from octavo.lab.loop import DivergenceError, Optimizer
 from octavo.lab.models import ModelName, build, exempt
+from octavo.recipes import NAMED
 from octavo.torch import convert
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
@@ -39,13 +41,14 @@ def by_name(comparison: Comparison) -> dict[str, ArmResult]:
 
 
 def test_the_arms_are_those_that_the_command_promises() -> None:
-    assert list(ARMS) == ["torch-fp32", "torch-bf16", "torch-fp8", "torch-fp8-current", "torch-fp8-infer"]
+    assert list(DEFAULT_ARMS) == ["torch-fp32", "torch-bf16", "torch-fp8", "torch-fp8-current", "torch-fp8-infer"]
+    assert {arm.recipe().name for arm in ARMS.values() if arm.recipe is not None} == set(NAMED)
     assert all((arm.recipe is not None) == (arm.mode in (Mode.RECIPE, Mode.CALIBRATED)) for arm in ARMS.values())
 
 
 def test_every_arm_runs_the_same_steps_and_is_set_against_float32(comparison: Comparison) -> None:
     arms = by_name(comparison)
-    assert list(arms) == list(ARMS)
+    assert list(arms) == list(DEFAULT_ARMS)
     base = arms[BASELINE]
     for arm in arms.values():
         assert len(arm.losses) == 12
@@ -74,7 +77,7 @@ def test_the_calibrated_arm_shares_the_float32_training(comparison: Comparison) 
     assert all(arm.trained_as is None for name, arm in arms.items() if name != "torch-fp8-infer")
 
 
-@pytest.mark.parametrize("name", ARMS)
+@pytest.mark.parametrize("name", DEFAULT_ARMS)
 def test_every_arm_leaves_a_checkpoint_that_loads_into_its_model(
     comparison: Comparison, folder: Path, name: str
 ) -> None:
@@ -98,7 +101,7 @@ def test_a_comparison_repeats_bit_for_bit(digits: Dataset, comparison: Compariso
 def test_every_arm_runs_every_model(digits: Dataset, model: ModelName, steps: int) -> None:
     small = dataclasses.replace(digits, test_images=digits.test_images[:20], test_labels=digits.test_labels[:20])
     comparison = run(dataclasses.replace(CONFIG, model=model, steps=steps, batch_size=16), dataset=small)
-    assert [len(arm.losses) for arm in comparison.arms] == [steps] * len(ARMS)
+    assert [len(arm.losses) for arm in comparison.arms] == [steps] * len(DEFAULT_ARMS)
 
 
 def test_without_the_baseline_there_is_no_ratio_and_the_calibrated_arm_trains_itself(
@@ -189,3 +192,10 @@ def test_calibration_reads_training_images_only(digits: Dataset, monkeypatch: py
     training = {image.tobytes() for image in compare.prepare(digits).train_inputs.numpy()}
     assert fed
     assert all(image.tobytes() in training for batch in fed for image in batch.numpy())
+
+
+def test_every_recipe_is_an_arm_that_learns(digits: Dataset) -> None:
+    small = dataclasses.replace(digits, test_images=digits.test_images[:100], test_labels=digits.test_labels[:100])
+    arms = tuple(ARMS)
+    for arm in run(dataclasses.replace(CONFIG, arms=arms, epochs=1, steps=None), dataset=small).arms:
+        assert arm.test_accuracy > 0.5, arm.name

@@ -35,6 +35,7 @@ from octavo.scaling import (
     Delayed,
     Row,
     TwoLevel,
+    Unscaled,
     amax_scale,
     two_level_scale,
 )
@@ -99,7 +100,7 @@ def encode_matrix(
         case Block() | Row() | TwoLevel():
             cast, state = _encode_blocks(x, spec, words)
             rounded = state[1]
-        case _:
+        case Unscaled() | Current() | Delayed():
             cast, state = _encode_whole(x, spec, scale, words)
             rounded = state[0]
     if not spec.format.has_nan and int(rounded) > 0x7F800000:
@@ -138,7 +139,7 @@ def _held(spec: TensorSpec) -> Scales:
             return Scales.E8M0
         case TwoLevel():
             return Scales.TWO_LEVEL
-        case _:
+        case Unscaled() | Current() | Delayed() | Row() | Block():
             return Scales.FLOAT32
 
 

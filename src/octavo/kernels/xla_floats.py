@@ -135,7 +135,7 @@ def round_to(
             top = (fraction >> word(size - 32)).astype(jnp.uint32)
             up = top + draws < top
     binade: Array = (jnp.maximum(exponent, lowest) - emin).astype(word) << word(mantissa_bits)
-    return binade + whole + up.astype(word)
+    return jnp.add(binade + whole, up.astype(word))
 
 
 def wide_product(a: Array, b: Array) -> tuple[Array, Array]:
@@ -287,7 +287,7 @@ class Floats:
     def __le__(self, other: Any) -> Array:
         equal = _ordered(self.bits) == _ordered(Floats.of(other).bits)
         number = FLOAT32.magnitude(self.bits) <= FLOAT32.infinity
-        return (self < other) | jnp.logical_and(equal, number)
+        return jnp.logical_or(self < other, jnp.logical_and(equal, number))
 
     def view(self, dtype: Any) -> Array:
         """The bits as another type of the same size."""

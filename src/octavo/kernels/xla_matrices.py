@@ -140,7 +140,7 @@ def _scales(peaks: Array, total: Array, spec: TensorSpec, given: Array) -> _Scal
     format, peak = spec.format, Floats(peaks)
     match spec.scaling:
         case Block() as block if block.scale.is_e8m0:
-            codes = e8m0_codes(peak, format.max, format.emax, format.mantissa_bits, block).astype(jnp.uint8)
+            codes = e8m0_codes(peak.array, format.max, format.emax, format.mantissa_bits, block).astype(jnp.uint8)
             # 2**(127 - code), of which the last is subnormal
             normal = (_U32(254) - codes.astype(jnp.uint32)) << _U32(23)
             last = jnp.where(codes == 254, _U32(1 << 22), FLOAT32.nan)

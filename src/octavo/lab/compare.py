@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import enum
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from octavo.lab import checkpoint
+from octavo.lab.arms import ARMS, BASELINE, DEFAULT_ARMS, Arm, Mode
 from octavo.lab.data import Dataset, Source, batches, load
 from octavo.lab.loop import (
     DivergenceError,
@@ -33,10 +33,9 @@ from octavo.lab.loop import (
 )
 from octavo.lab.models import ModelName, build, exempt
 from octavo.names import nearest
-from octavo.recipes import Recipe, current_scaling, delayed_scaling
 from octavo.torch import autocast, calibrate, convert
 
-__all__ = ["ARMS", "BASELINE", "Arm", "ArmResult", "CompareConfig", "Comparison", "Mode", "run"]
+__all__ = ["ArmResult", "CompareConfig", "Comparison", "run"]
 
 _ROUNDS = 150
 _WARM_UP_ROUNDS = 3
@@ -44,62 +43,6 @@ _WARM_UP_ROUNDS = 3
 _IDLE_RATE = 1e-6
 _CALIBRATION_BATCHES = 20
 _SMALL = 10_000
-
-
-class Mode(enum.Enum):
-    """How an arm trains and tests."""
-
-    FLOAT32 = enum.auto()
-    """All in float32."""
-    BFLOAT16 = enum.auto()
-    """Under `torch.autocast` with bfloat16."""
-    RECIPE = enum.auto()
-    """Linear layers converted to a recipe, in training and in testing."""
-    CALIBRATED = enum.auto()
-    """Trained in float32, then converted, calibrated on training batches and tested in the recipe."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Arm:
-    """One row of the comparison; `recipe` is given for the modes that cast."""
-
-    name: str
-    description: str
-    mode: Mode
-    recipe: Callable[[], Recipe] | None = None
-
-
-ARMS: Mapping[str, Arm] = MappingProxyType(
-    {
-        arm.name: arm
-        for arm in (
-            Arm(name="torch-fp32", description="float32 throughout", mode=Mode.FLOAT32),
-            Arm(name="torch-bf16", description="bfloat16 by torch.autocast", mode=Mode.BFLOAT16),
-            Arm(
-                name="torch-fp8",
-                description="FP8 with delayed scaling: E4M3 forward, E5M2 gradients",
-                mode=Mode.RECIPE,
-                recipe=delayed_scaling,
-            ),
-            Arm(
-                name="torch-fp8-current",
-                description="FP8 with current scaling: E4M3 forward, E5M2 gradients",
-                mode=Mode.RECIPE,
-                recipe=current_scaling,
-            ),
-            Arm(
-                name="torch-fp8-infer",
-                description="trained in float32, calibrated, tested in FP8",
-                mode=Mode.CALIBRATED,
-                recipe=delayed_scaling,
-            ),
-        )
-    }
-)
-"""Every arm by name; a new arm is a new row."""
-
-BASELINE = "torch-fp32"
-"""The arm that the others are measured against."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,7 +81,7 @@ class CompareConfig:
 
     source: Source = Source.AUTO
     model: ModelName = ModelName.MLP
-    arms: tuple[str, ...] = tuple(ARMS)
+    arms: tuple[str, ...] = DEFAULT_ARMS
     epochs: int | None = None
     steps: int | None = None
     batch_size: int | None = None
