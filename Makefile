@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 # `check` is `lint` and then `test`: the same two that .ci/run calls.
-.PHONY: help demo test lint check exhaustive bench clean
+.PHONY: help demo test lint check exhaustive bench gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -36,6 +36,11 @@ bench: $(STAMP) ## the benchmarks, each beside its peers; writes benchmarks/resu
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/casts.py
 	$(BIN)/python benchmarks/linear.py
+
+gpu: $(STAMP) ## the tests and benchmarks that need a CUDA device; without one it says so
+	@$(BIN)/python -c "import sys, torch; sys.exit(torch.cuda.is_available())" \
+		&& echo "no CUDA device here: nothing to test or measure" \
+		|| { $(BIN)/python -m pytest tests/gpu && $(BIN)/python benchmarks/gpu.py; }
 
 clean: ## remove the environment and what the tools left
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis runs

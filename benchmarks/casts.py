@@ -14,15 +14,19 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import gfloat
 import ml_dtypes
 import numpy as np
 import torch
+from gfloat.formats import format_info_ocp_e4m3
 from rounds import interleaved, pin_threads, save
 
-from octavo.formats import E4M3FN, E5M2, Format
-from octavo.kernels import cpu
+from octavo.formats import E2M1FN, E3M2FN, E4M3FN, E5M2, Format
+from octavo.kernels import cpu, matrices
 from octavo.kernels.arrays import library_of
 from octavo.rounding import Rounding
+from octavo.scaling import Block, BlockScale, Row, TwoLevel
+from octavo.table import TensorSpec
 
 TORCH = {E4M3FN: torch.float8_e4m3fn, E5M2: torch.float8_e5m2}
 ML_DTYPES = {E4M3FN: ml_dtypes.float8_e4m3fn, E5M2: ml_dtypes.float8_e5m2}
@@ -63,6 +67,78 @@ def contenders(size: int, format: Format) -> dict[str, Callable[[], Any]]:
     return rows
 
 
+def in_blocks(x: torch.Tensor) -> torch.Tensor:
+    """MXFP8's quantise-dequantise in the operators that microxcaling is made of: floor(log2), scale, round, clamp, unscale."""
+    blocks = x.reshape(-1, 32)
+    shared = torch.floor(torch.log2(blocks.abs().amax(1, keepdim=True))) - 8
+    scaled = blocks / 2**shared
+    private = torch.floor(torch.log2(scaled.abs() + (scaled == 0))).clamp(min=-6)
+    ulps = scaled / 2**private * 8
+    rounded = torch.sign(ulps) * torch.floor(ulps.abs() + 0.5)
+    return ((rounded / 8 * 2**private).clamp(-448, 448) * 2**shared).reshape(x.shape)
+
+
+def scaled_contenders(rows: int) -> dict[str, Callable[[], Any]]:
+    """Quantise-dequantise of a [rows, 4096] matrix, a scale for each block or row, to float32 unless a name says otherwise."""
+    x = torch.randn(rows, 4096)
+    y, codes = torch.empty_like(x), torch.empty(x.shape, dtype=torch.uint8)
+    scales, library, shape = np.empty(x.shape, np.float32), library_of(x), (rows, 4096)
+    source, target, coded = library.buffer(x), library.buffer(y), library.buffer(codes)
+
+    def ours(spec: TensorSpec, into: Any = target, **how: Any) -> Callable[[], Any]:
+        return lambda: matrices.cast_blocks(source, into, scales.ctypes.data, shape, spec, **{"decoded": 2, **how})
+
+    mx = Block(shape=(1, 32), scale=BlockScale.RCEIL)
+    contenders: dict[str, Callable[[], Any]] = {
+        "copy_": lambda: y.copy_(x),
+        "octavo MXFP8": ours(TensorSpec(E4M3FN, mx)),
+        "octavo MXFP8, along columns": ours(TensorSpec(E4M3FN, mx), upright=True),
+        "octavo MXFP8, codes and scales": ours(TensorSpec(E4M3FN, mx), coded, decoded=0),
+        "octavo MXFP6": ours(TensorSpec(E3M2FN, mx)),
+        "octavo MXFP4": ours(TensorSpec(E2M1FN, mx)),
+        "octavo 1x128": ours(TensorSpec(E4M3FN, Block())),
+        "octavo 1x128, float32 scales": ours(TensorSpec(E4M3FN, Block(scale=BlockScale.FLOAT32))),
+        "octavo 128x128": ours(TensorSpec(E4M3FN, Block(shape=(128, 128)))),
+        "octavo rows": ours(TensorSpec(E4M3FN, Row())),
+        "octavo NVFP4": ours(TensorSpec(E2M1FN, TwoLevel())),
+        "octavo MXFP4, stochastic": ours(TensorSpec(E2M1FN, mx, Rounding.STOCHASTIC), seed=1),
+        "microxcaling's operators, MXFP8": lambda: in_blocks(x),
+        "gfloat round_ndarray, no scale": lambda: gfloat.round_ndarray(format_info_ocp_e4m3, x.numpy(), sat=True),
+    }
+    try:
+        from torchao.prototype.mx_formats.mx_tensor import ScaleCalculationMode, to_dtype, to_mx
+    except ImportError:
+        print("torchao is not installed (make bench installs it): its rows are left out")
+        return contenders
+
+    def there_and_back() -> torch.Tensor:
+        scale, data = to_mx(x, torch.float8_e4m3fn, 32, ScaleCalculationMode.RCEIL)
+        return to_dtype(data, scale, torch.float8_e4m3fn, 32, torch.float32)
+
+    contenders["torchao to_mx and back, MXFP8"] = there_and_back
+    contenders["torchao to_mx, codes and scales"] = lambda: to_mx(
+        x, torch.float8_e4m3fn, 32, ScaleCalculationMode.RCEIL
+    )
+    return contenders
+
+
+def measure_scaled(size: int, rounds: int) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows and lines of every scaling on one thread and on two."""
+    rows, lines = [], []
+    for threads in (1, 2):
+        pin_threads(threads)
+        seconds = interleaved(scaled_contenders(size // 4096), rounds=rounds, warm_up=1)
+        lines.append(f"[{size // 4096}, 4096] float32, {threads} thread(s), median of {rounds} rounds")
+        lines.append(f"  {'':34}{'G elements/s':>14}{'of copy_':>10}{'x torchao':>11}")
+        peer = seconds.get("torchao to_mx and back, MXFP8", float("nan"))
+        for name, value in seconds.items():
+            lines.append(f"  {name:34}{size / value / 1e9:14.3f}{seconds['copy_'] / value:10.2f}{peer / value:11.1f}")
+            row = {"threads": threads, "size": size, "contender": name, "seconds": value}
+            rows.append(row | {"of_copy": seconds["copy_"] / value, "times_torchao": peer / value})
+        lines.append("")
+    return rows, lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="smaller arrays and fewer rounds")
@@ -86,6 +162,8 @@ def main() -> None:
                 row = {"format": format.name, "threads": threads, "size": size, "contender": name, "seconds": value}
                 rows.append(row | {"of_copy": of_copy, "times_torch_pair": of_pair, "times_same_work": of_work})
             lines.append("")
+    more, further = measure_scaled(size, min(rounds, 7))
+    rows, lines = rows + more, lines + further
     save("casts-quick" if arguments.quick else "casts", rows, "\n".join(lines))
 
 

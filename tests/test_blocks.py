@@ -157,7 +157,7 @@ def one_block(*values: float) -> npt.NDArray[np.float32]:
 
 
 TORCHAO_SLIPS = {
-    "log2 in float32 is a whole number just above a power of two": (E4M3FN, RCEIL, 448 * 2.0**20 + 32, 147, 148),
+    "log2 in float32 is a whole number just above a power of two": (E4M3FN, RCEIL, 469762176.0, 147, 148),
     "the same below one, of a large binade": (E5M2, RCEIL, 57344 * 2.0**60 * (1 + 2.0**-21), 187, 188),
     "Inf has the exponent 128, of which emax is taken": (E4M3FN, FLOOR, INF, 247, 255),
     "the same by CEIL": (E5M2, CEIL, INF, 240, 255),
@@ -474,7 +474,8 @@ ROWS: dict[str, tuple[list[float], tuple[int, int, int, int, int]]] = {
     "496": ([496.0], (127, 128, 128, 128, 128)),
     "511.99997": ([511.99997], (127, 128, 128, 128, 128)),
     "255.99998": ([255.99998], (126, 127, 127, 127, 127)),
-    "469762080": ([448 * 2.0**20 + 32], (147, 148, 148, 147, 148)),
+    "469762176": ([469762176.0], (147, 148, 148, 147, 148)),
+    "469762080": ([469762080.0], (147, 148, 148, 147, 148)),
     "469762048": ([448 * 2.0**20], (147, 147, 148, 147, 147)),
     "zeros": ([0.0, -0.0], (0, 0, 0, 0, 0)),
     "Inf": ([INF, 1.0], (255, 255, 255, 255, 254)),

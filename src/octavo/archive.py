@@ -124,7 +124,7 @@ def _qtensor(name: str, entry: Mapping[str, Any], stored: dict[str, NumPy], libr
     return QTensor(
         codes=_from_numpy(codes, library),
         scales=_from_numpy(stored.pop(f"{name}.scales"), library),
-        amax=None if amax is None else amax[()],
+        amax=None if amax is None else _from_numpy(amax, library),
         spec=spec,
         shape=entry["shape"],
         axis=entry["axis"],

@@ -63,7 +63,7 @@ _LIBRARIES: Mapping[str, _Library] = MappingProxyType(
         ),
         "torch": _Library(
             module="torch",
-            backends={"cpu": "matrices", "cuda": "cuda"},
+            backends={"cpu": "matrices", "cuda": "cuda_matrices"},
             dense=lambda x: x.detach().resolve_neg(),
             convert=lambda x, dtype: x.to(dtype).contiguous(),
         ),
@@ -122,7 +122,7 @@ class QTensor:
                  [rows, columns / 2] rounded up, the even column in the low nibble, an odd tail's high nibble 0
         scales   what decoding multiplies with, [rows / across, columns / along] rounded up (`octavo.reference.block_shape`):
                  float32, or uint8 where they are E8M0 codes or, two-level, E4M3 codes
-        amax     float32 without axes, of the whole tensor, where scales are two-level; None elsewhere
+        amax     an array without axes, float32, of the whole tensor, where scales are two-level; None elsewhere
         shape    x's, of any rank; axis  0 or -1
         dtype    what `decode` returns, by default x's: float32, float64, float16 or bfloat16 of the codes' library
 
@@ -177,7 +177,7 @@ class QTensor:
         return cls(
             codes=pack(cast.codes) if spec.format.bits <= 4 else cast.codes,
             scales=cast.scales,
-            amax=cast.amax if isinstance(spec.scaling, TwoLevel) else None,
+            amax=library.functions.asarray(cast.amax) if isinstance(spec.scaling, TwoLevel) else None,
             spec=spec,
             shape=shape,
             axis=axis,
@@ -188,7 +188,8 @@ class QTensor:
         """The values, of `shape` and `dtype`, in row-major memory.
 
         Codes times scales in float32, rounded once to `dtype`; Inf where that cannot hold it.  A Hadamard transform is undone in
-        float32, `y @ (diag(signs) @ H16 / 4).T` for each 16 columns, and what it filled up is left out.
+        float32, `y @ (diag(signs) @ H16 / 4).T` for each 16 columns, and what it filled up is left out; in those
+        sums XLA takes subnormal float32 as 0 on some devices, CPUs among them.
         """
         library = _LIBRARIES[self.library]
         cast = Codes(self.unpacked_codes(), self.scales, np.float32(0) if self.amax is None else self.amax)
@@ -269,11 +270,9 @@ def check(q: QTensor) -> None:
         )
     if two_level:
         _check_array("amax", q.amax, "float32", ())
-    names = library_name(q.codes), library_name(q.scales), "torch" if str(q.dtype).startswith("torch.") else ""
-    if names[0] != names[1] or (names[0] == "torch") != (names[2] == "torch"):
-        raise ValueError(
-            f"codes, scales and dtype are of one library; got {names[0]}, {names[1]} and {q.dtype!r}: convert one"
-        )
+    names = [library_name(x) for x in (q.codes, q.scales, q.amax) if x is not None]
+    if len(set(names)) > 1 or (names[0] == "torch") != str(q.dtype).startswith("torch."):
+        raise ValueError(f"what a tensor holds is of one library; got {', '.join(names)} and {q.dtype!r}: convert it")
     if dtype_name(q.dtype) not in FLOATS:
         raise ValueError(f"a quantised tensor decodes to {', '.join(FLOATS)}; got {q.dtype}")
 

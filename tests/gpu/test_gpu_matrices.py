@@ -22,9 +22,7 @@ pytestmark = MARKS
 SPECS = {str(spec): spec for recipe in NAMED.values() for *_, spec in recipe().cells() if spec is not None}
 """Every spec of every named recipe."""
 SHAPES = (
-    [(37, 301), (130, 132), (1, 1), (0, 5), (3, 0)]
-    if INTERPRETED
-    else [(37, 301), (2050, 4100), (1, 1), (0, 5), (3, 0)]
+    [(7, 301), (130, 36), (1, 1), (0, 5), (3, 0)] if INTERPRETED else [(37, 301), (1030, 2100), (1, 1), (0, 5), (3, 0)]
 )
 
 
@@ -80,16 +78,15 @@ SCALINGS = [
 @pytest.mark.parametrize("scaling", SCALINGS, ids=str)
 def test_blocks_of_every_magnitude(scaling: Scaling, format: Any) -> None:
     """Amaxes from the smallest subnormal to the largest float32, at powers of two and beside them."""
-    x = np.zeros((9, 32 * 31), np.float32)
-    exponents = np.arange(-149, 130)[: x.size // 32]
-    tops = np.ldexp(np.float32(1), np.minimum(exponents, 127)).astype(np.float32)
-    for row, block in np.ndindex(9, 31):
-        top = tops[row * 31 + block]
+    exponents = [*range(-149, -118), *range(-64, -56), *range(116, 128)]
+    x = np.zeros((3, 32 * 17), np.float32)
+    for number, (row, block) in enumerate(np.ndindex(3, 17)):
+        top = np.ldexp(np.float32(1), exponents[number])
         near = (top, np.nextafter(top, np.float32(0)), np.nextafter(top, np.float32(np.inf)), top * np.float32(1.75))
-        x[row, 32 * block + 3] = near[block % 4]
+        x[row, 32 * block + 3] = near[number % 4]
         x[row, 32 * block + 4] = -top / 3
-    for rows in (x, x[4:5], x[:1]):
-        check(np.where(np.isfinite(rows), rows, np.float32(3.4028235e38)), TensorSpec(format, scaling))
+    for rows in (x, x[:1]):
+        check(rows, TensorSpec(format, scaling))
 
 
 @pytest.mark.parametrize("scaling", SCALINGS, ids=str)

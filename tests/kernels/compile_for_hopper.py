@@ -15,7 +15,7 @@ from triton.runtime import driver
 
 from octavo.formats import E2M1FN, E4M3FN, E5M2
 from octavo.kernels import cuda, cuda_casts
-from octavo.recipes import NAMED
+from octavo.recipes import block_scaling, delayed_scaling, mxfp8, nvfp4, rowwise
 from octavo.reference import Codes
 from octavo.rounding import Overflow, Rounding
 from octavo.scaling import Block, BlockScale, TwoLevel
@@ -57,7 +57,8 @@ def compile_only(kernel: Any, grid: Any) -> Any:
 
 
 def matrices(x: torch.Tensor) -> None:
-    specs = {str(spec): spec for recipe in NAMED.values() for *_, spec in recipe().cells() if spec is not None}
+    recipes = (delayed_scaling(), block_scaling(), nvfp4(), mxfp8(), rowwise())
+    specs = {str(spec): spec for recipe in recipes for *_, spec in recipe.cells() if spec is not None}
     for spec in specs.values():
         cuda.encode_matrix(x, spec, seed=1)
         is_bytes = isinstance(spec.scaling, TwoLevel) or (
@@ -66,7 +67,7 @@ def matrices(x: torch.Tensor) -> None:
         scales = torch.zeros((1, 1), dtype=torch.uint8 if is_bytes else torch.float32)
         cuda.decode_matrix(Codes(torch.zeros(x.shape, dtype=torch.uint8), scales, torch.zeros(())), spec)
     for scale in BlockScale:
-        cuda.encode_matrix(x[:77, :77].bfloat16(), TensorSpec(E4M3FN, Block(scale=scale, skip_nan=True)))
+        cuda.encode_matrix(x.bfloat16(), TensorSpec(E4M3FN, Block(scale=scale, skip_nan=True)))
     cuda.encode_matrix(x.repeat(2, 2), TensorSpec(E4M3FN, Block(shape=(256, 256))))
     cuda.encode_matrix(x[:1, :1], TensorSpec(E4M3FN, Block(shape=(3, 7))))
     cuda.hadamard(x)
@@ -93,7 +94,9 @@ def main() -> None:
     casts(x)
     matrices(x)
     cuda_casts._has_instruction = lambda device: True
-    casts(x)
+    cuda.encode(x, E4M3FN)
+    cuda.encode_transposed(x.bfloat16(), E5M2)
+    cuda.encode_matrix(x, TensorSpec(E5M2, Block()))
     for name, count in compiled.items():
         print(f"{name}: {count} times")
     assert set(compiled) == {name for name in dir(cuda_casts.cuda_kernels) if name.endswith("_kernel")}

@@ -12,6 +12,16 @@ import enum
 import numpy as np
 from numba import carray
 
+from octavo.kernels.block_scales import (
+    R_POWER_OF_TWO,
+    R_TWO_LEVEL,
+    block_peaks,
+    column_peaks,
+    e8m0,
+    float_scales,
+    per_column,
+    two_level,
+)
 from octavo.kernels.loops import (
     BFLOAT16,
     CODES,
@@ -20,7 +30,6 @@ from octavo.kernels.loops import (
     I32,
     INF,
     MAGNITUDE,
-    NAN,
     NEAREST_AWAY,
     NEAREST_EVEN,
     SIGN,
@@ -37,6 +46,7 @@ from octavo.kernels.loops import (
     _finish,
     _load,
     _nearest,
+    _prefetch,
     _real,
     _real64,
     _store_codes,
@@ -45,19 +55,7 @@ from octavo.kernels.loops import (
     kernel,
 )
 
-__all__ = ["BlockSlot", "Rule", "cast_blocks"]
-
-
-class Rule(enum.IntEnum):
-    """How a block's amax becomes its scale: the members of `BlockScale`, and two more."""
-
-    FLOAT32 = 0
-    POWER_OF_TWO = 1
-    RCEIL = 2
-    FLOOR = 3
-    CEIL = 4
-    EVEN = 5
-    TWO_LEVEL = 6
+__all__ = ["BlockSlot", "cast_blocks"]
 
 
 class BlockSlot(enum.IntEnum):
@@ -110,141 +108,6 @@ SOURCE, TARGET, SCALES, ROWS, COLUMNS, HIGH, WIDE, TILE, SOURCE_KIND, TARGET_KIN
 RULE, SKIP_NAN, DECODED, ROUNDING, SEED, OFFSET, MANTISSA_BITS, BIAS, MAX_EXPONENT = range(12, 21)
 INF_CODE, NAN_CODE, SIGN_MASK, NEGATIVE_ZERO = range(21, 25)
 TOP, OVERFLOW, INF_BECOMES, MAXIMUM, EPSILON, ZERO_LIMIT, WHOLE, WHOLE_BACK, WHOLE_RECIPROCAL, END = range(25, 35)
-R_FLOAT32, R_POWER_OF_TWO, R_RCEIL, R_FLOOR, R_CEIL, R_EVEN, R_TWO_LEVEL = range(7)
-FLT_MAX = F32(3.4028234663852886e38)
-
-
-@compiled
-def _column_peaks(x_i, peaks, fresh, skip_nan):
-    """Raise each column's peak to the magnitude in this row, or start it there."""
-    _wide_vectors()
-    if fresh:
-        for j in range(x_i.size):
-            peaks[j] = I32(0)
-    if skip_nan:
-        for j in range(x_i.size):
-            a = I32(x_i[j] & MAGNITUDE)
-            peaks[j] = I32(max(peaks[j], I32(0) if a > INF else a))
-    else:
-        for j in range(x_i.size):
-            peaks[j] = I32(max(peaks[j], I32(x_i[j] & MAGNITUDE)))
-
-
-@compiled
-def _halve(values, out, count):
-    """out[j] = the larger of values[2 j] and the next."""
-    _wide_vectors()
-    for j in range(U64(count)):
-        out[j] = I32(max(values[j * U64(2)], values[j * U64(2) + U64(1)]))
-
-
-@compiled
-def _block_peaks(peaks, blocks, wide, one, other):
-    """The peak of each `wide` columns, the last of them fewer; one, other: memory to work in, as long as peaks."""
-    if wide == 1:
-        blocks[:] = peaks
-        return
-    whole = peaks.size // wide
-    left, values = wide, peaks
-    while left % 2 == 0:
-        _halve(values, other, whole * left // 2)
-        one, other, values, left = other, one, other, left // 2
-    for b in range(whole):
-        top = values[left * b]
-        for j in range(left * b + 1, left * (b + 1)):
-            top = I32(max(top, values[j]))
-        blocks[b] = top
-    for b in range(whole, blocks.size):
-        top = I32(0)
-        for j in range(whole * wide, peaks.size):
-            top = I32(max(top, peaks[j]))
-        blocks[b] = top
-
-
-@compiled
-def _e8m0(blocks, codes, factor, back, rule, m, emax, limit, reciprocal, special):
-    """E8M0 codes from the bits of amaxes, and the powers of two they stand for."""
-    _wide_vectors()
-    for b in range(blocks.size):
-        a = blocks[b]
-        if rule == R_RCEIL:
-            x = _real(a)
-            small = x < F32(2.0**-60)
-            lifted = _bits(x * (F32(2.0**64) if small else F32(1.0)) * reciprocal)
-            code = (lifted >> I32(23)) + I32((lifted & I32(0x7FFFFF)) != 0) - (I32(64) if small else I32(0))
-            code = I32(0) if x <= limit else I32(max(code, I32(1)))
-        elif rule == R_FLOOR:
-            code = (a >> I32(23)) - emax
-        elif rule == R_CEIL:
-            code = (a >> I32(23)) + I32((a & I32(0x7FFFFF)) != 0) - emax
-        else:
-            code = ((a + (I32(1) << (I32(22) - m))) >> I32(23)) - emax
-        code = I32(min(max(code, I32(0)), I32(254)))
-        code = special if a >= INF else code
-        up = I32(max(I32(254) - code, I32(0))) << I32(23)  # 2**(127 - code)
-        down = code << I32(23)  # 2**(code - 127), but for the code 0
-        factor[b] = _real(NAN) if code == 255 else (_real(I32(0x400000)) if code == 254 else _real(up))
-        back[b] = _real(NAN) if code == 255 else (_real(I32(0x400000)) if code == 0 else _real(down))
-        codes[b] = np.uint8(code)
-
-
-@compiled
-def _float_scales(blocks, scales, factor, back, maximum, epsilon, power_of_two):
-    """`octavo.scaling.amax_scale` of each block."""
-    _wide_vectors()
-    for b in range(blocks.size):
-        peak = max(_real(blocks[b]), epsilon)
-        usable = peak > F32(0) and I32(blocks[b]) < INF
-        scale = min(maximum / (peak if usable else F32(1)), FLT_MAX)
-        scale = _real(_bits(scale) & INF) if power_of_two else scale
-        scale = scale if usable else F32(1)
-        factor[b] = scale
-        back[b] = F32(1) / scale
-        scales[b] = back[b]
-
-
-@compiled
-def _two_level(blocks, codes, factor, back, maximum, whole, decoded, whole_back, whole_reciprocal):
-    """E4M3 scales under the scale of the whole tensor."""
-    shift, e_min, limit = I32(20 << 23), I32(121 << 23), I32(137 << 23)
-    for b in range(blocks.size):
-        target = min(_real(blocks[b]) * (whole * (F32(1) / maximum)), FLT_MAX) if blocks[b] <= INF else _real(NAN)
-        top = F32(448)
-        value = _real(_nearest(target, F32(1), shift, e_min, limit, top, top, top, SIGN))
-        piece, code = np.empty(1, np.float32), np.empty(1, np.uint8)
-        piece[0] = value
-        _store_codes(piece.view(np.int32), code, 3, 7, -1, 0x7F, 0x80)
-        codes[b] = code[0]
-        factor[b] = min(F32(1) / (value * (F32(1) / whole)), FLT_MAX) if value == value else value
-        back[b] = value * whole_back * whole_reciprocal if decoded == 2 else value
-
-
-@compiled
-def _double(values, out, count):
-    """out[2 j] = out[2 j + 1] = values[j]."""
-    _wide_vectors()
-    for j in range(U64(count)):
-        out[j * U64(2)] = values[j]
-        out[j * U64(2) + U64(1)] = values[j]
-
-
-@compiled
-def _per_column(blocks, columns, wide, one, other):
-    """Each block's value for each of its columns; one, other: memory to work in, as long as columns."""
-    whole, odd, doublings = columns.size // wide, wide, 0
-    while odd % 2 == 0:
-        odd, doublings = odd // 2, doublings + 1
-    into = columns if doublings == 0 else one
-    for b in range(whole):
-        for j in range(odd):
-            into[b * odd + j] = blocks[b]
-    count = whole * odd
-    for step in range(doublings):
-        into = columns if step == doublings - 1 else other
-        _double(one, into, count)
-        one, other, count = other, one, 2 * count
-    for j in range(whole * wide, columns.size):
-        columns[j] = blocks[whole]
 
 
 @compiled
@@ -263,6 +126,31 @@ def _round_nearest_to_bfloat16(x_f, factor, back, out, shift, e_min, limit, top,
         value = _real(_nearest(x_f[j], factor[j], shift, e_min, limit, top, over, inf, zero_sign)) * back[j]
         u = U32(_bits(value))
         out[j] = U16((u + U32(0x7FFF) + ((u >> U32(16)) & U32(1))) >> U32(16))
+
+
+@compiled
+def _round_blocks(x_f, factor, back, out, wide, decoded, shift, e_min, limit, top, over, inf, zero_sign):
+    """`_round_nearest` of whole blocks whose width is a multiple of 16, with a block's factors in a register."""
+    _wide_vectors()
+    sixteenths = U64(wide // 16)
+    for b in range(U64(x_f.size // wide)):
+        f, g = factor[b], back[b] if decoded else F32(1)
+        for k in range(b * sixteenths, b * sixteenths + sixteenths):
+            for j in range(k * U64(16), k * U64(16) + U64(16)):
+                out[j] = _real(_nearest(x_f[j], f, shift, e_min, limit, top, over, inf, zero_sign)) * g
+
+
+@compiled
+def _round_blocks_to_bfloat16(x_f, factor, back, out, wide, decoded, shift, e_min, limit, top, over, inf, zero_sign):
+    """The same to bfloat16, to nearest even."""
+    _wide_vectors()
+    sixteenths = U64(wide // 16)
+    for b in range(U64(x_f.size // wide)):
+        f, g = factor[b], back[b] if decoded else F32(1)
+        for k in range(b * sixteenths, b * sixteenths + sixteenths):
+            for j in range(k * U64(16), k * U64(16) + U64(16)):
+                u = U32(_bits(_real(_nearest(x_f[j], f, shift, e_min, limit, top, over, inf, zero_sign)) * g))
+                out[j] = U16((u + U32(0x7FFF) + ((u >> U32(16)) & U32(1))) >> U32(16))
 
 
 @compiled
@@ -311,10 +199,11 @@ def cast_blocks(arguments):
     zero_sign = SIGN if p[NEGATIVE_ZERO] else I32(0)
     half = F32(2) if mode == TOWARD_ZERO else F32(0.5) if mode == NEAREST_AWAY else F32(0)
     special = I32(254) if p[SKIP_NAN] else I32(255)
+    width = 4 if target == FLOAT32 else 1 if target == CODES else 2
     tiles, block_columns = (n_columns + tile - 1) // tile, (n_columns + wide - 1) // wide
     most = (tile + wide - 1) // wide
     loaded, rounded = np.empty(tile, np.float32), np.empty(tile, np.float32)
-    column_peaks, block_peaks = np.empty(tile, np.int32), np.empty(most, np.int32)
+    in_columns, in_blocks = np.empty(tile, np.int32), np.empty(most, np.int32)
     one, other = np.empty(tile + 16, np.int32), np.empty(tile + 16, np.int32)
     factor, back = np.empty(most, np.float32), np.empty(most, np.float32)
     column_factor, column_back = np.empty(tile, np.float32), np.ones(tile, np.float32)
@@ -331,28 +220,31 @@ def cast_blocks(arguments):
         x_f, x_i = loaded[:size], loaded[:size].view(np.int32)
         for r in range(row, end):
             start = r * n_columns + first
+            _prefetch(p[SOURCE] + 4 * (start + tile), p[TARGET] + width * start, (size * width + 63) // 64)
             if kind == FLOAT32:
                 x_i = carray(_at(p[SOURCE] + 4 * start), (size,), np.int32)
             else:
                 _load(carray(_at(p[SOURCE] + 2 * start), (size,), np.uint16), x_i, kind == BFLOAT16)
-            _column_peaks(x_i, column_peaks[:size], r == row, p[SKIP_NAN] != 0)
-        blocks = block_peaks[: (size + wide - 1) // wide]
-        _block_peaks(column_peaks[:size], blocks, wide, one, other)
+            column_peaks(x_i, in_columns[:size], r == row, p[SKIP_NAN] != 0)
+        blocks = in_blocks[: (size + wide - 1) // wide]
+        block_peaks(in_columns[:size], blocks, wide, one, other)
         for value in blocks:
             peak = I32(max(peak, value))
         codes = carray(_at(p[SCALES] + place), blocks.shape, np.uint8)
         if rule <= R_POWER_OF_TWO:
             scales = carray(_at(p[SCALES] + 4 * place), blocks.shape, np.float32)
-            _float_scales(blocks, scales, factor, back, maximum, epsilon, rule == R_POWER_OF_TWO)
+            float_scales(blocks, scales, factor, back, maximum, epsilon, rule == R_POWER_OF_TWO)
         elif rule == R_TWO_LEVEL:
-            _two_level(blocks, codes, factor, back, maximum, whole, p[DECODED], whole_back, whole_reciprocal)
+            two_level(blocks, codes, factor, back, maximum, whole, p[DECODED], whole_back, whole_reciprocal)
         else:
             emax = I32(p[MAX_EXPONENT])
-            _e8m0(blocks, codes, factor, back, rule, I32(m), emax, zero_limit, F32(1) / maximum, special)
+            e8m0(blocks, codes, factor, back, rule, I32(m), emax, zero_limit, F32(1) / maximum, special)
         f, g = column_factor[:size], column_back[:size]
-        _per_column(factor, f, wide, one.view(np.float32), other.view(np.float32))
-        if p[DECODED]:
-            _per_column(back, g, wide, one.view(np.float32), other.view(np.float32))
+        whole_blocks = mode == NEAREST_EVEN and wide % 16 == 0 and size % wide == 0
+        if not whole_blocks:
+            per_column(factor, f, wide, one.view(np.float32), other.view(np.float32))
+        if p[DECODED] and not whole_blocks:
+            per_column(back, g, wide, one.view(np.float32), other.view(np.float32))
         for r in range(row, end):
             start = r * n_columns + first
             if kind == FLOAT32:
@@ -360,13 +252,21 @@ def cast_blocks(arguments):
             elif high > 1:
                 _load(carray(_at(p[SOURCE] + 2 * start), (size,), np.uint16), x_i, kind == BFLOAT16)
             halves = carray(_at(p[TARGET] + 2 * start), (size,), np.uint16)
+            decoded = p[DECODED] != 0
+            if whole_blocks and target == BFLOAT16:
+                _round_blocks_to_bfloat16(
+                    x_f, factor, back, halves, wide, decoded, shift, e_min, limit, top, over, inf, zero_sign
+                )
+                continue
             if mode == NEAREST_EVEN and target == BFLOAT16:
                 _round_nearest_to_bfloat16(x_f, f, g, halves, shift, e_min, limit, top, over, inf, zero_sign)
                 continue
             out = rounded[:size]
             if target == FLOAT32:
                 out = carray(_at(p[TARGET] + 4 * start), (size,), np.float32)
-            if mode == NEAREST_EVEN:
+            if whole_blocks:
+                _round_blocks(x_f, factor, back, out, wide, decoded, shift, e_min, limit, top, over, inf, zero_sign)
+            elif mode == NEAREST_EVEN:
                 _round_nearest(x_f, f, g, out, shift, e_min, limit, top, over, inf, zero_sign)
             else:
                 if mode == STOCHASTIC:

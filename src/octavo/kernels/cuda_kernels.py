@@ -49,7 +49,7 @@ _SEED = ("seed_low", "seed_high", "offset")
 @triton.jit
 def _gather(state, bits):
     """The maximum of `bits`, any shape, into `state`."""
-    tl.atomic_max(state, tl.max(tl.reshape(bits, [bits.numel]), 0), sem="relaxed")
+    tl.atomic_max(state, tl.max(bits), sem="relaxed")
 
 
 @triton.jit

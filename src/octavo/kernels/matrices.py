@@ -13,7 +13,8 @@ from octavo import reference
 from octavo.formats import E4M3FN, Format
 from octavo.kernels import blocks, cpu, threads
 from octavo.kernels.arrays import library_of
-from octavo.kernels.blocks import BlockSlot, Rule
+from octavo.kernels.block_scales import Rule
+from octavo.kernels.blocks import BlockSlot
 from octavo.kernels.cpu import Buffer, Kind
 from octavo.kernels.turn import turn
 from octavo.reference import Codes, block_shape, overflow_codes, reject_nan
@@ -33,7 +34,7 @@ from octavo.table import TensorSpec, Transform
 
 __all__ = ["cast_blocks", "decode_matrix", "encode_matrix", "hadamard", "quantize_matrix"]
 
-_TILE, _TALL_TILE = 4096, 65536
+_TILE, _TALL_TILE, _NARROWEST = 4096, 65536, 256
 _LAYOUT = struct.Struct(f"<{BlockSlot.FLOAT}q{BlockSlot.END - BlockSlot.FLOAT}d")
 _HEAD = struct.Struct("<12q")
 _SEED = struct.Struct("<Qq")
@@ -128,7 +129,9 @@ def cast_blocks(
         _WHOLE.pack_into(arguments, 8 * BlockSlot.WHOLE, whole, total, float(reciprocal))
     if high == 1 and columns % wide == 0:
         rows, columns = 1, rows * columns  # one long row
-    tile = min(columns, wide * max(1, (_TILE if high == 1 else min(_TILE, _TALL_TILE // high)) // wide))
+    tile = min(
+        columns, wide * max(1, (_TILE if high == 1 else max(_NARROWEST, min(_TILE, _TALL_TILE // high))) // wide)
+    )
     _HEAD.pack_into(
         arguments,
         0,

@@ -13,7 +13,7 @@ from numba import carray
 
 from octavo.formats import Format
 from octavo.kernels import cpu, threads
-from octavo.kernels.blocks import _per_column
+from octavo.kernels.block_scales import per_column
 from octavo.kernels.cpu import Buffer, Kind
 from octavo.kernels.loops import (
     BFLOAT16,
@@ -110,7 +110,7 @@ def _unpack(arguments):
         n_blocks = (size + wide - 1) // wide
         scales = carray(_at(p[BACK] + 4 * (block_row * block_columns + first // wide)), (n_blocks,), np.float32)
         g = back[:size]
-        _per_column(scales, g, wide, one, other)
+        per_column(scales, g, wide, one, other)
         for r in range(block_row * high, min((block_row + 1) * high, rows)):
             start = r * columns + first
             codes = carray(_at(p[CODES] + start), (size,), np.uint8)

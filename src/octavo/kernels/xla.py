@@ -27,6 +27,7 @@ from octavo.kernels.xla_floats import (
     convert,
     divide,
     multiply,
+    multiply_flushing,
     round_to,
     unpack,
     wide_product,
@@ -48,11 +49,15 @@ __all__ = [
     "quantize",
     "random_bits",
     "refuse",
+    "scaled",
+    "settled",
     "static",
     "value_bits",
 ]
 
 _U32 = np.uint32
+settled: Any = lax.optimization_barrier
+"""Its argument, computed before its consumers and not once for each of their elements."""
 
 
 def static(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -226,6 +231,14 @@ def codes_of(
     return jnp.where(is_nan, format.nan_code, code).astype(jnp.uint8)
 
 
+def scaled(bits: Array, by: Array, layout: Layout, format: Format) -> Array:
+    """The products of words, for `codes_of`."""
+    # A draw sees 32 bits below the finest grid; what is smaller still may be flushed.
+    if layout is FLOAT32 and format.smallest_subnormal >= 2.0**-93:
+        return multiply_flushing(bits, by)
+    return multiply(bits, by, layout)
+
+
 def any_nan(bits: Array, layout: Layout, format: Format) -> Array | None:
     """Whether there is NaN, where the format has none."""
     return None if format.has_nan else (layout.magnitude(bits) > layout.infinity).any()
@@ -235,7 +248,13 @@ def value_bits(codes: Any, format: Format) -> Array:
     """The values of codes, as words of float32."""
     table = np.full(256, FLOAT32.nan)
     table[: 1 << format.bits] = format.values.view(np.uint32)
-    return jnp.asarray(table).at[codes].get(mode="promise_in_bounds")
+    return look_up(jnp.asarray(table), codes)
+
+
+def look_up(table: Array, codes: Any) -> Array:
+    """The entry of a table of 256 for each code."""
+    # Looked up in the same loop as they are computed, codes would be computed one by one.
+    return table.at[settled(codes)].get(mode="promise_in_bounds")
 
 
 @static("format")
@@ -273,7 +292,6 @@ def _quantize(
     table = layout.bits(format.values.astype(layout.floating))
     if scale is not None:
         by = layout.bits(scale)
-        bits, table = multiply(bits, by, layout), divide(table, by, layout)
+        bits, table = scaled(bits, by, layout, format), divide(table, by, layout)
     codes = codes_of(bits, layout, format, rounding, overflow, draws_of(rounding, seed, offset, x.shape))
-    values = layout.floats(table).astype(x.dtype).at[codes].get(mode="promise_in_bounds")
-    return values, any_nan(bits, layout, format)
+    return look_up(layout.floats(table).astype(x.dtype), codes), any_nan(bits, layout, format)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from octavo.formats import E4M3FN, E8M0FNU
 from octavo.kernels.xla import (
@@ -20,10 +20,12 @@ from octavo.kernels.xla import (
     float_array,
     layout_of,
     refuse,
+    scaled,
+    settled,
     static,
     value_bits,
 )
-from octavo.kernels.xla_floats import FLOAT32, Floats, add, convert, multiply
+from octavo.kernels.xla_floats import FLOAT32, Floats, add, convert, multiply, multiply_flushing
 from octavo.reference import SIGNS, Codes, block_shape
 from octavo.rounding import Overflow, Rounding
 from octavo.scaling import (
@@ -57,7 +59,8 @@ def hadamard(x: Array) -> Array:
     for apart in (1, 2, 4, 8):
         pairs = y.reshape(-1, 8 // apart, 2, apart)
         one, other = pairs[:, :, 0], pairs[:, :, 1]
-        y = jnp.stack([add(one, other), add(one, other ^ FLOAT32.sign)], axis=2).reshape(-1, 16)
+        y = jnp.stack([add(one, other), add(one, other ^ FLOAT32.sign)], axis=2)
+        y = settled(y).reshape(-1, 16)
     y = multiply(y, FLOAT32.bits(0.25))
     rounded = (y + _U32(0x7FFF) + ((y >> _U32(16)) & _U32(1))) & _U32(0xFFFF0000)
     kept = jnp.where(FLOAT32.magnitude(y) > FLOAT32.infinity, y, rounded)
@@ -93,7 +96,10 @@ def decode_matrix(cast: Codes, spec: TensorSpec) -> Array:
         case _:
             factor = FLOAT32.bits(cast.scales)
     blocks = _in_blocks(codes, *block_shape(spec, *codes.shape))
-    values = multiply(value_bits(blocks, spec.format), factor[:, None, :, None])
+    values = value_bits(blocks, spec.format)
+    magnitude = FLOAT32.magnitude(factor)
+    subnormal = (magnitude != 0) & (magnitude < FLOAT32.bits(2.0**-126 / spec.format.smallest_subnormal))
+    values = lax.cond(subnormal.any(), multiply, multiply_flushing, values, factor[:, None, :, None])
     return FLOAT32.floats(_out_of_blocks(values, codes.shape))
 
 
@@ -172,9 +178,9 @@ def _encode_matrix(x: Array, scale: Array, seed: Array, offset: Array, spec: Ten
         magnitude = jnp.where(magnitude > layout.infinity, zero, magnitude)
     peaks = convert(magnitude.max(axis=(1, 3), initial=zero), layout, FLOAT32)
     total = peaks.max(initial=_U32(0))
-    factor, held = _scales(peaks, total, spec, scale)
+    factor, held = settled(_scales(peaks, total, spec, scale))
     if not isinstance(spec.scaling, Unscaled):
-        bits = multiply(bits, convert(factor, FLOAT32, layout)[:, None, :, None], layout)
+        bits = scaled(bits, convert(factor, FLOAT32, layout)[:, None, :, None], layout, format)
     draws = draws_of(spec.rounding, seed, offset, x.shape)
     draws = None if draws is None else _in_blocks(draws, across, along)
     codes = codes_of(bits, layout, format, spec.rounding, spec.overflow, draws)
