@@ -191,6 +191,10 @@ def test_where_torchao_makes_numbers_of_nan() -> None:
         assert torchao(x, format, FLOOR)[0].item() == 255
         with pytest.raises(ValueError, match=f"{format.name} has no NaN, but the input holds one"):
             encode_matrix(x, mx(format, FLOOR))
+        for rule in MX_RULES:  # an Inf, too, makes the scale NaN, and with it the block
+            with pytest.raises(ValueError, match=f"{format.name} has no NaN"):
+                encode_matrix(one_block(INF), mx(format, rule))
+            assert encode_matrix(one_block(INF), mx(format, rule, skip_nan=True)).codes[0, 0] == format.max_code
 
 
 # gfloat

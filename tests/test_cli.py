@@ -226,9 +226,12 @@ def test_ctrl_c_keeps_the_results_and_checkpoints_so_far(tmp_path: Path) -> None
         env=ENVIRONMENT,
     )
     assert process.stdout is not None
-    assert any("second arm saved" in line for line in process.stdout)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=300)
+    try:
+        assert any("second arm saved" in line for line in process.stdout)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=300)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert errors == f"octavo: stopped; results so far are in {tmp_path}\n"
     results = json.loads((tmp_path / "results.json").read_text())

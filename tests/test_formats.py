@@ -1,14 +1,16 @@
 """Formats: every row against the literal table, every code against ml_dtypes."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 import pytest
 
 import octavo
+from octavo import formats, reference
 from octavo.formats import FORMATS, Format, Specials, get_format
+from octavo.rounding import Overflow
 
 NEGATIVE = 0x80
 
@@ -172,9 +174,9 @@ def test_a_name_like_no_other_suggests_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("exponent_bits", "mantissa_bits", "signed"), [(5, 3, True), (8, 7, True), (8, 1, False), (5, 10, True)]
+    ("exponent_bits", "mantissa_bits", "signed"), [(8, 11, True), (10, 9, True), (8, 12, False), (0, 0, False)]
 )
-def test_a_format_wider_than_eight_bits_is_refused(exponent_bits: int, mantissa_bits: int, signed: bool) -> None:
+def test_a_format_wider_or_narrower_than_any_is_refused(exponent_bits: int, mantissa_bits: int, signed: bool) -> None:
     with pytest.raises(ValueError, match=r"wide has \d+: give it fewer exponent or mantissa bits") as error:
         Format(
             name="wide",
@@ -194,3 +196,23 @@ def test_a_format_is_frozen_and_equal_to_its_copy() -> None:
     assert len({*FORMATS.values(), copy}) == len(FORMATS)
     with pytest.raises(dataclasses.FrozenInstanceError):
         copy.bias = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("format", "dtype"), [(formats.BFLOAT16, ml_dtypes.bfloat16), (formats.FLOAT16, np.float16)], ids=["bf16", "fp16"]
+)
+def test_wide_formats_are_those_of_their_dtypes(format: Format, dtype: Any) -> None:
+    info = ml_dtypes.finfo(dtype)
+    assert (format.max, format.tiny) == (float(info.max), float(info.tiny))
+    assert (format.smallest_subnormal, format.eps) == (float(info.smallest_subnormal), float(info.eps))
+    x = np.random.default_rng(0).integers(0, 1 << 32, 1 << 16, dtype=np.uint32).view(np.float32)
+    with np.errstate(all="ignore"):
+        want = x.astype(dtype).astype(np.float32)
+    codes = reference.encode(x, format, overflow=Overflow.NONE)
+    np.testing.assert_array_equal(reference.decode(codes, format), want)
+
+
+def test_tf32_is_float32_with_ten_bits_of_mantissa() -> None:
+    tf32 = formats.TF32
+    assert (tf32.bits, tf32.max, tf32.smallest_subnormal) == (19, (2 - 2.0**-10) * 2.0**127, 2.0**-136)
+    assert get_format("tf32") is tf32

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from octavo.names import nearest
 
 __all__ = [
+    "BFLOAT16",
     "E2M1FN",
     "E2M3FN",
     "E3M2FN",
@@ -31,7 +32,10 @@ __all__ = [
     "E5M2",
     "E5M2FNUZ",
     "E8M0FNU",
+    "FLOAT16",
     "FORMATS",
+    "TF32",
+    "WIDE_FORMATS",
     "Format",
     "Specials",
     "get_format",
@@ -53,10 +57,10 @@ class Specials(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Format:
-    """A floating-point format of at most 8 bits: sign, exponent, mantissa, from the highest bit down.
+    """A floating-point format of at most 19 bits: sign, exponent, mantissa, from the highest bit down.
 
-    Codes are held in the low `bits` of a uint8.  A magnitude with exponent field e > 0 and mantissa field m is worth
-    `2**(e - bias) * (1 + m / 2**mantissa_bits)`; with e = 0 it is the subnormal `2**(1 - bias) * m / 2**mantissa_bits`.
+    Codes are held in the low `bits` of a uint8, wider ones of a uint32.  A magnitude with exponent field e > 0 and mantissa field m is
+    worth `2**(e - bias) * (1 + m / 2**mantissa_bits)`; with e = 0 it is the subnormal `2**(1 - bias) * m / 2**mantissa_bits`.
     An unsigned format (E8M0) has neither sign nor zero: its code c is worth `2**(c - bias)`.
     """
 
@@ -68,9 +72,9 @@ class Format:
     signed: bool = True
 
     def __post_init__(self) -> None:
-        if not 1 <= self.bits <= 8:
+        if not 1 <= self.bits <= 19:
             raise ValueError(
-                f"a format has 1 to 8 bits; {self.name} has {self.bits}: give it fewer exponent or mantissa bits"
+                f"a format has 1 to 19 bits; {self.name} has {self.bits}: give it fewer exponent or mantissa bits"
             )
 
     def __hash__(self) -> int:
@@ -179,16 +183,18 @@ class Format:
 
 @functools.cache
 def _values(format: Format) -> npt.NDArray[np.float32]:
-    table = np.empty(1 << format.bits, np.float32)
-    for code in range(len(table)):
-        magnitude = code & ((1 << format.magnitude_bits) - 1)
-        if code == format.nan_code or (magnitude > format.max_code and magnitude != format.inf_code):
-            value = np.nan
-        elif magnitude == format.inf_code:
-            value = np.inf
-        else:
-            value = format._magnitude(magnitude)
-        table[code] = np.copysign(value, -1.0 if code & format.sign_mask else 1.0)
+    code = np.arange(1 << format.bits)
+    magnitude = code & ((1 << format.magnitude_bits) - 1)
+    exponent, mantissa = magnitude >> format.mantissa_bits, magnitude & ((1 << format.mantissa_bits) - 1)
+    normal = np.ldexp(1 + mantissa * format.eps, exponent - format.bias)
+    subnormal = (exponent == 0) & format.signed
+    value = np.where(subnormal, mantissa * format.smallest_subnormal, normal)
+    special = code == format.nan_code
+    value = np.where(special | (magnitude > format.max_code), np.nan, value)
+    if format.inf_code is not None:
+        value = np.where(magnitude == format.inf_code, np.inf, value)
+    sign = np.where(code & format.sign_mask, -1.0, 1.0)
+    table: npt.NDArray[np.float32] = np.copysign(value, sign).astype(np.float32)
     table.flags.writeable = False
     return table
 
@@ -238,14 +244,21 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
         )
     }
 )
-"""Every format by its name."""
+"""Every format of at most 8 bits by its name."""
+
+BFLOAT16 = _row("bfloat16", 8, 7, 127, Specials.IEEE)
+FLOAT16 = _row("float16", 5, 10, 15, Specials.IEEE)
+TF32 = _row("tf32", 8, 10, 127, Specials.IEEE)
+
+WIDE_FORMATS: Mapping[str, Format] = MappingProxyType({row.name: row for row in (BFLOAT16, FLOAT16, TF32)})
+"""The wider formats, by name, that a recipe may name beside those: IEEE 754 binary16, and float32 with its mantissa cut."""
 
 
 def get_format(name: str) -> Format:
     """The format of that name, the same object each time.  Raises ValueError, with the nearest name, for any other."""
-    try:
-        return FORMATS[name]
-    except KeyError:
+    found = FORMATS.get(name) or WIDE_FORMATS.get(name)
+    if found is None:
         raise ValueError(
-            f"no format is called {name!r}{nearest(name, FORMATS)} (`octavo formats` lists them)"
-        ) from None
+            f"no format is called {name!r}{nearest(name, (*FORMATS, *WIDE_FORMATS))} (`octavo formats` lists them)"
+        )
+    return found

@@ -280,6 +280,9 @@ def check(q: QTensor) -> None:
 def _check_spec(spec: Any) -> None:
     if not isinstance(spec, TensorSpec):
         raise ValueError(f"a spec is an octavo.TensorSpec; got {spec!r}: write TensorSpec(format, scaling)")
+    if not spec.format.signed or spec.format.bits > 8:
+        what = "holds scales, not tensors" if not spec.format.signed else "is wider than a quantised tensor's 8 bits"
+        raise ValueError(f"{spec.format.name} {what}; choose a signed format of at most 8 bits")
 
 
 def _check_array(name: str, x: Array, dtype: str, shape: tuple[int, ...]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from octavo.formats import E2M1FN, E3M2FN, E4M3FN, E5M2, Format
+from octavo.formats import BFLOAT16, E2M1FN, E3M2FN, E4M3FN, E5M2, FLOAT16, TF32, Format
 from octavo.names import nearest
 from octavo.rounding import Overflow, Rounding
 from octavo.scaling import AmaxAlgorithm, Block, BlockScale, Current, Delayed, Row, TwoLevel, Unscaled
@@ -22,11 +22,13 @@ __all__ = [
     "Recipe",
     "TensorSpec",
     "Transform",
+    "bf16",
     "block_scaling",
     "current_scaling",
     "deepseek",
     "delayed_scaling",
     "direct",
+    "fp16",
     "get_recipe",
     "hybrid",
     "mxfp4",
@@ -36,6 +38,7 @@ __all__ = [
     "on_hopper",
     "rowwise",
     "rowwise_high_precision_grad_weight",
+    "tf32",
 ]
 
 
@@ -216,6 +219,27 @@ def hybrid() -> Recipe:
     return Recipe.from_tensors("hybrid", input=forward, weight=forward, grad_output=gradient)
 
 
+def _in(format: Format) -> Recipe:
+    """Operands rounded to a wider format and multiplied exactly, float32 sums: what a tensor core of that format returns."""
+    spec = TensorSpec(format, Unscaled(), overflow=Overflow.NONE)
+    return Recipe.from_tensors(format.name, input=spec, weight=spec, grad_output=spec)
+
+
+def bf16() -> Recipe:
+    """bfloat16 operands, float32 sums."""
+    return replace(_in(BFLOAT16), name="bf16")
+
+
+def fp16() -> Recipe:
+    """float16 operands, float32 sums; gradients below 2**-25 vanish, so scale the loss (`torch.amp.GradScaler`)."""
+    return replace(_in(FLOAT16), name="fp16")
+
+
+def tf32() -> Recipe:
+    """Operands with 10 bits of mantissa and float32's range, float32 sums: NVIDIA's TF32."""
+    return _in(TF32)
+
+
 NAMED: Mapping[str, Callable[[], Recipe]] = MappingProxyType(
     {
         recipe.__name__: recipe
@@ -232,6 +256,9 @@ NAMED: Mapping[str, Callable[[], Recipe]] = MappingProxyType(
             rowwise_high_precision_grad_weight,
             direct,
             hybrid,
+            bf16,
+            fp16,
+            tf32,
         )
     }
 )

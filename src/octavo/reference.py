@@ -107,17 +107,18 @@ def encode(
     finite_overflow, infinite = overflow_codes(format, overflow)
     over = format.max_code if rounding is Rounding.TOWARD_ZERO else finite_overflow
     code = np.where(code > format.max_code, over, code)
-    code = np.where(np.isinf(value), infinite, code).astype(np.uint8)
+    held: Any = np.uint8 if format.bits <= 8 else np.uint32
+    code = np.where(np.isinf(value), infinite, code).astype(held)
 
     nan = np.isnan(value) | (code == format.nan_code)
     negative = np.signbit(value)
     if format.signed:
         signed = negative & (format.has_negative_zero | (code != 0))
-        code |= np.where(signed, format.sign_mask, 0).astype(np.uint8)
+        code |= np.where(signed, format.sign_mask, 0).astype(held)
     else:
         nan |= negative & (value != 0) | (value == 0) & (overflow is Overflow.NONE)
     if format.nan_code is not None:
-        code = np.where(nan, np.uint8(format.nan_code), code)
+        code = np.where(nan, held(format.nan_code), code)
     return code
 
 

@@ -154,6 +154,12 @@ def _check_cell(place: str, cell: str, spec: TensorSpec) -> None:
         )
     if not spec.format.signed:
         raise ValueError(f"{place}: {spec.format.name} holds scales, not tensors; give it a signed format")
+    plain = isinstance(scaling, Unscaled) and spec.rounding is Rounding.NEAREST_EVEN
+    if spec.format.bits > 8 and not (plain and spec.transform is Transform.NONE and spec.overflow is Overflow.NONE):
+        raise ValueError(
+            f"{place}: {spec.format.name} is cast as processors do it; leave scaling, rounding and transform at their defaults and "
+            "write overflow=Overflow.NONE"
+        )
     if cell == "result" and spec.transform is not Transform.NONE:
         raise ValueError(f"{place}: a result is contracted along no axis; leave its transform NONE")
 

@@ -48,7 +48,7 @@ def assert_same(got: torch.Tensor, expected: Any, what: str = "") -> None:
     assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape), what
     bits = np.dtype(f"u{ours.dtype.itemsize}")
     same = np.ascontiguousarray(ours).view(bits) == np.ascontiguousarray(theirs).view(bits)
-    if ours.dtype != np.uint8:
+    if ours.dtype.kind not in "iu":
         same |= np.isnan(ours) & np.isnan(theirs)
     wrong = np.argwhere(~same)[:5]
     lines = [f"{what} at {tuple(i)}: {ours[tuple(i)]!r}, not {theirs[tuple(i)]!r}" for i in wrong]
@@ -59,6 +59,7 @@ def inputs(format: Format, *, seed: int = 0, count: int = COUNT) -> npt.NDArray[
     """Every value of the format, the middles between them and the neighbours of both; specials; random bits and magnitudes."""
     generator = np.random.default_rng(seed)
     values = np.unique(format.values[np.isfinite(format.values)].astype(np.float64))
+    values = values[:: max(1, values.size // 512)]  # some of them where the format is wide
     points = np.concatenate([values, (values[1:] + values[:-1]) / 2, [1.5 * format.max, -1.5 * format.max]])
     with np.errstate(over="ignore", invalid="ignore"):
         points = points.astype(np.float32)

@@ -11,11 +11,12 @@ import torch
 from beside_reference import BFLOAT16, COUNT, DEVICE, MARKS, assert_same, inputs, on_device
 
 from octavo import reference
-from octavo.formats import E2M1FN, E4M3FN, E4M3FNUZ, E5M2, E8M0FNU, FORMATS, Format
+from octavo.formats import E2M1FN, E4M3FN, E4M3FNUZ, E5M2, E8M0FNU, FORMATS, WIDE_FORMATS, Format
 from octavo.kernels import cuda
 from octavo.rounding import Overflow, Rounding, random_bits
 
 pytestmark = MARKS
+EVERY = [*FORMATS.values(), *WIDE_FORMATS.values()]
 SIGNED = [format for format in FORMATS.values() if format.signed]
 DTYPES = [np.dtype(np.float32), BFLOAT16, np.dtype(np.float16), np.dtype(np.float64)]
 NAN, INF = math.nan, math.inf
@@ -32,7 +33,7 @@ def narrowed(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 @pytest.mark.parametrize("overflow", list(Overflow))
 @pytest.mark.parametrize("rounding", list(Rounding))
-@pytest.mark.parametrize("format", FORMATS.values(), ids=by_name)
+@pytest.mark.parametrize("format", EVERY, ids=by_name)
 def test_encode(format: Format, rounding: Rounding, overflow: Overflow) -> None:
     x = inputs(format)
     modes: dict[str, Any] = {"rounding": rounding, "overflow": overflow, "seed": 3, "offset": 8}
@@ -63,16 +64,16 @@ def test_random_bits_are_those_of_the_position(seed: int, offset: int) -> None:
     assert_same(draws, random_bits(seed, offset, 2100).astype(np.int64))
 
 
-@pytest.mark.parametrize("format", FORMATS.values(), ids=by_name)
+@pytest.mark.parametrize("format", EVERY, ids=by_name)
 def test_decode(format: Format) -> None:
-    codes = np.arange(1 << format.bits, dtype=np.uint8).reshape(2, -1)
+    codes = np.arange(1 << format.bits, dtype=np.uint8 if format.bits <= 8 else np.uint32).reshape(2, -1)
     assert_same(cuda.decode(on_device(codes), format), reference.decode(codes, format), format.name)
 
 
 def test_decode_refuses_what_is_no_code() -> None:
     with pytest.raises(ValueError, match="float4_e2m1fn has codes 0 to 15; got 16"):
         cuda.decode(torch.tensor([3, 16], dtype=torch.uint8, device=DEVICE), E2M1FN)
-    with pytest.raises(ValueError, match=r"codes are uint8; got torch\.int32"):
+    with pytest.raises(ValueError, match=r"codes of float4_e2m1fn are uint8; got torch\.int32"):
         cuda.decode(torch.zeros(2, dtype=torch.int32, device=DEVICE), E2M1FN)
 
 

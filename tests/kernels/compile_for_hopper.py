@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from octavo.formats import E2M1FN, E4M3FN, E5M2
+from octavo.formats import E2M1FN, E4M3FN, E5M2, TF32
 from octavo.kernels import cuda, cuda_casts
 from octavo.recipes import block_scaling, delayed_scaling, mxfp8, nvfp4, rowwise
 from octavo.reference import Codes
@@ -77,6 +77,8 @@ def casts(x: torch.Tensor) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         cuda.encode(x.to(dtype), E4M3FN)
         cuda.quantize(x.to(dtype), E5M2, scale=3.0, overflow=Overflow.NONE)
+    cuda.encode(x, TF32)
+    cuda.decode(torch.zeros(5000, dtype=torch.uint32), TF32)
     cuda.encode(x, E2M1FN, rounding=Rounding.NEAREST_AWAY)
     cuda.encode(x[:1, :1], E5M2, rounding=Rounding.STOCHASTIC, seed=1, offset=3)
     cuda.encode_transposed(x, E4M3FN)

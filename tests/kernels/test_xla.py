@@ -13,7 +13,19 @@ import numpy.typing as npt
 import pytest
 
 from octavo import reference
-from octavo.formats import E2M1FN, E2M3FN, E3M2FN, E3M4FN, E4M3FN, E4M3FNUZ, E5M2, E8M0FNU, FORMATS, Format
+from octavo.formats import (
+    E2M1FN,
+    E2M3FN,
+    E3M2FN,
+    E3M4FN,
+    E4M3FN,
+    E4M3FNUZ,
+    E5M2,
+    E8M0FNU,
+    FORMATS,
+    WIDE_FORMATS,
+    Format,
+)
 from octavo.kernels import xla, xla_floats, xla_matrices
 from octavo.recipes import NAMED, TensorSpec, Transform
 from octavo.rounding import Overflow, Rounding, random_bits
@@ -35,7 +47,7 @@ def same(ours: Any, expected: npt.NDArray[Any]) -> None:
     assert (ours.dtype, ours.shape) == (expected.dtype, expected.shape)
     word = WORDS[ours.dtype.itemsize]
     different = np.ascontiguousarray(ours).view(word) != np.ascontiguousarray(expected).view(word)
-    if ours.dtype != np.uint8:
+    if ours.dtype not in (np.uint8, np.uint32):
         different &= ~(np.isnan(ours) & np.isnan(expected))
     assert not different.any(), (ours[different][:5], expected[different][:5])
 
@@ -73,9 +85,16 @@ def moded(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda x, format, **modes: jax.jit(lambda y: function(y, format, **modes))(x)
 
 
-@pytest.mark.parametrize("overflow", Overflow)
-@pytest.mark.parametrize("rounding", Rounding)
-@pytest.mark.parametrize("format", FORMATS.values(), ids=by_name)
+def settings() -> Iterator[tuple[Format, Rounding, Overflow]]:
+    """All, but one policy where policies agree (FP6, FP4), of the wider formats, and where the same lines tell the policies apart."""
+    telling = (E4M3FN, E5M2, E4M3FNUZ, E8M0FNU)
+    for format, rounding in itertools.product((*FORMATS.values(), *WIDE_FORMATS.values()), Rounding):
+        alike = rounding in (Rounding.NEAREST_AWAY, Rounding.STOCHASTIC) and format not in telling
+        policies = [Overflow.NONE] if alike or not format.has_nan or format.bits > 8 else list(Overflow)
+        yield from itertools.product([format], [rounding], policies)
+
+
+@pytest.mark.parametrize(("format", "rounding", "overflow"), list(settings()))
 def test_codes_are_those_of_the_reference(format: Format, rounding: Rounding, overflow: Overflow) -> None:
     x, modes = inputs(format), {"rounding": rounding, "overflow": overflow, "seed": SEED, "offset": OFFSET}
     codes = xla.encode(jnp.asarray(x), format, **modes)
@@ -94,7 +113,7 @@ def test_all_half_precision_numbers_are_cast_as_the_reference_does(format: Forma
     same(xla.quantize(jnp.asarray(x), format, scale=3.7), reference.quantize(x, format, scale=3.7))
 
 
-@pytest.mark.parametrize("scale", [1.0, 3.7, 2.0**-20, 2.0**127, 3.0e38, 1e-40, 2.0**-149, 1.1e-38])
+@pytest.mark.parametrize("scale", [1.0, 3.7, 3.0e38, 1e-40, 2.0**-149])
 @pytest.mark.parametrize("format", [E4M3FN, E5M2, E4M3FNUZ, E2M1FN, E8M0FNU], ids=by_name)
 def test_quantize_multiplies_and_divides_as_ieee_does(format: Format, scale: float) -> None:
     x = inputs(format)
@@ -108,7 +127,7 @@ def test_quantize_multiplies_and_divides_as_ieee_does(format: Format, scale: flo
 @pytest.mark.parametrize("rounding", Rounding)
 def test_casts_inside_a_jit_and_of_any_shape_are_the_same(rounding: Rounding) -> None:
     modes = {"rounding": rounding, "seed": 9, "offset": 3}
-    for shape in [(), (0,), (3, 0, 2), (5,), (2, 3, 7)]:
+    for shape in [(), (3, 0, 2), (2, 3, 7)]:
         x = np.random.default_rng(4).normal(size=shape).astype(np.float32)
         same(moded(xla.encode)(x, E5M2, **modes), reference.encode(x, E5M2, **modes))
         same(moded(xla.quantize)(x, E5M2, scale=0.3, **modes), reference.quantize(x, E5M2, scale=0.3, **modes))
@@ -122,13 +141,12 @@ def test_float64_is_rounded_once_where_jax_has_it() -> None:
         x = np.concatenate([patterns, near, np.nextafter(near, np.inf), [5e-324]])
         for rounding in Rounding:
             modes = {"rounding": rounding, "overflow": Overflow.NONE, "seed": 8}
-            for format in (E4M3FN, E8M0FNU):
+            for format in (E8M0FNU,) if rounding is Rounding.TOWARD_ZERO else (E4M3FN,):
                 same(xla.encode(jnp.asarray(x), format, **modes), reference.encode(x, format, **modes))
-        for scale in (3.7, 1e300, 1e-310):
+        for scale in (1e300, 1e-310):
             same(xla.quantize(jnp.asarray(x), E4M3FN, scale=scale), reference.quantize(x, E4M3FN, scale=scale))
         matrix = x[: 64 * 100].reshape(64, 100)
-        for spec in (TensorSpec(E4M3FN, Block(shape=(1, 32), scale=BlockScale.RCEIL)), TensorSpec(E4M3FN, Current())):
-            agree(matrix, spec)
+        agree(matrix, TensorSpec(E4M3FN, Block(shape=(1, 32), scale=BlockScale.RCEIL)))
         agree(matrix, TensorSpec(E4M3FN, TwoLevel(), transform=Transform.HADAMARD))
         assert float(xla.amax(jnp.asarray([1e-46, -1e-45]))) == float(F32(1e-45))
 
@@ -157,8 +175,11 @@ def test_random_bits_have_the_known_answers(seed: int, offset: int, words: list[
 def test_random_bits_are_those_of_the_reference(seed: int, offset: int) -> None:
     for count in (0, 1, 40):
         same(xla.random_bits(seed, offset, count), random_bits(seed, offset, count))
-    words = [jnp.asarray([value & 0xFFFFFFFF, value >> 32], jnp.uint32) for value in (seed, offset)]
-    same(jax.jit(lambda s, o: xla.random_bits(s, o, 40))(*words), random_bits(seed, offset, 40))
+
+
+def test_seeds_and_offsets_may_be_traced_as_words() -> None:
+    words = [jnp.asarray([value & 0xFFFFFFFF, value >> 32], jnp.uint32) for value in (SEED, OFFSET)]
+    same(jax.jit(lambda seed, offset: xla.random_bits(seed, offset, 40))(*words), random_bits(SEED, OFFSET, 40))
 
 
 def matrix(rows: int, columns: int, seed: int = 0) -> npt.NDArray[np.float32]:
@@ -200,13 +221,6 @@ def agree(x: npt.NDArray[Any], spec: TensorSpec, **arguments: Any) -> None:
     same(cast.scales, expected.scales.astype(cast.scales.dtype))
     same(cast.amax, np.asarray(expected.amax, np.float32))
     same(xla_matrices.decode_matrix(cast, spec), values)
-    same(quantized(spec, tuple(arguments.items()))(x), values)
-
-
-@functools.cache
-def quantized(spec: TensorSpec, arguments: tuple[tuple[str, Any], ...]) -> Callable[[Any], Any]:
-    """One jit for all inputs of a spec."""
-    return jax.jit(lambda x: xla_matrices.quantize_matrix(x, spec, **dict(arguments)))
 
 
 NAMED_SPECS = sorted(
@@ -223,7 +237,11 @@ def test_every_cell_of_the_named_recipes_is_cast_as_the_reference_does(spec: Ten
 
 GRID = [
     TensorSpec(E4M3FN, Block(shape=(1, 32), scale=scale, skip_nan=skip_nan))
-    for scale, skip_nan in itertools.product(BlockScale, (False, True))
+    for scale, skip_nan in [
+        (BlockScale.FLOAT32, True),
+        *itertools.product(BlockScale, (False,)),
+        (BlockScale.RCEIL, True),
+    ]
 ]
 GRID += [
     TensorSpec(format, Block(shape=(3, 8), scale=scale)) for format in (E2M3FN, E3M2FN, E5M2) for scale in BlockScale
@@ -246,17 +264,32 @@ def test_other_scalings_are_cast_as_the_reference_does(spec: TensorSpec) -> None
         agree(x, spec)
 
 
-@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0), (1, 1), (1, 33), (16, 16), (17, 15)], ids=str)
-@pytest.mark.parametrize("spec", [GRID[0], GRID[-6], GRID[-5], GRID[-3], GRID[-2], GRID[-1]], ids=str)
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (1, 33), (17, 15)], ids=str)
+@pytest.mark.parametrize("spec", [GRID[0], GRID[-6], GRID[-3], GRID[-1]], ids=str)
 def test_any_shape_is_cast(spec: TensorSpec, shape: tuple[int, int]) -> None:
     agree(matrix(*shape), spec, offset=2)
 
 
 @pytest.mark.parametrize("dtype", [BFLOAT16, np.dtype(np.float16)], ids=str)
-@pytest.mark.parametrize("spec", [GRID[0], GRID[-6], GRID[-5], GRID[-3], GRID[-2], GRID[-1]], ids=str)
+@pytest.mark.parametrize("spec", [GRID[0], GRID[-6], GRID[-3], GRID[-1]], ids=str)
 def test_half_precision_matrices_are_cast(spec: TensorSpec, dtype: np.dtype[Any]) -> None:
     with np.errstate(over="ignore"):
         agree(matrix(19, 50).astype(dtype), spec)
+
+
+@pytest.mark.parametrize("name", ["delayed_scaling", "current_scaling", "mxfp4", "deepseek", "nvfp4"])
+def test_quantized_matrices_are_decoded_codes_inside_a_jit(name: str) -> None:
+    spec = NAMED[name]().grad_weight.left
+    assert spec is not None
+    arguments: dict[str, Any] = {"scale": 0.7, "seed": SEED, "offset": 6}
+    quantized = jax.jit(lambda x: xla_matrices.quantize_matrix(x, spec, **arguments))
+    for x in cases():
+        with np.errstate(all="ignore"):
+            try:
+                expected = reference.decode_matrix(reference.encode_matrix(x, spec, **arguments), spec)
+            except ValueError:
+                continue  # a jit cannot refuse NaN
+        same(quantized(x), expected)
 
 
 @pytest.mark.parametrize("scale", [1e-40, 3e38])
@@ -319,7 +352,7 @@ def test_what_cannot_be_cast_is_refused() -> None:
         xla.encode(x, E4M3FN, rounding=Rounding.STOCHASTIC, seed=-1)
     with pytest.raises(ValueError, match="scale is positive and finite"):
         xla.quantize(x, E4M3FN, scale=0.0)
-    with pytest.raises(ValueError, match="codes are uint8"):
+    with pytest.raises(ValueError, match="codes of float8_e4m3fn are uint8"):
         xla.decode(x, E4M3FN)
     with pytest.raises(ValueError, match="has codes 0 to 15"):
         xla.decode(jnp.asarray([16], jnp.uint8), E2M1FN)

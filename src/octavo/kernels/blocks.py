@@ -19,6 +19,7 @@ from octavo.kernels.block_scales import (
     column_peaks,
     e8m0,
     float_scales,
+    halved_magnitudes,
     per_column,
     two_level,
 )
@@ -108,6 +109,8 @@ SOURCE, TARGET, SCALES, ROWS, COLUMNS, HIGH, WIDE, TILE, SOURCE_KIND, TARGET_KIN
 RULE, SKIP_NAN, DECODED, ROUNDING, SEED, OFFSET, MANTISSA_BITS, BIAS, MAX_EXPONENT = range(12, 21)
 INF_CODE, NAN_CODE, SIGN_MASK, NEGATIVE_ZERO = range(21, 25)
 TOP, OVERFLOW, INF_BECOMES, MAXIMUM, EPSILON, ZERO_LIMIT, WHOLE, WHOLE_BACK, WHOLE_RECIPROCAL, END = range(25, 35)
+PIECE, GROUP = 256, 8
+"""Elements rounded at a time while the memory of the next tile is asked for, and tiles that a thread takes at a time."""
 
 
 @compiled
@@ -210,24 +213,34 @@ def cast_blocks(arguments):
     draws = np.empty(tile + 12 if mode == STOCHASTIC else 0, np.uint32)
     peak = I32(0)
     count = ((n_rows + high - 1) // high) * tiles
+    drawn, last = 0, 0
     while True:
-        item = _atomic_add(arguments + 8 * NEXT, 1)
-        if item >= count:
-            break
+        if drawn == last:  # a few neighbours at a time: the memory of the next one is asked for early
+            drawn = _atomic_add(arguments + 8 * NEXT, GROUP)
+            last = min(drawn + GROUP, count)
+            if drawn >= count:
+                break
+        item, drawn = drawn, drawn + 1
         block_row, first = item // tiles, (item % tiles) * tile
         row, size = block_row * high, min(tile, n_columns - first)
         end, place = min(row + high, n_rows), block_row * block_columns + first // wide
         x_f, x_i = loaded[:size], loaded[:size].view(np.int32)
+        halved = high == 1 and wide % 2 == 0 and size % wide == 0 and p[SKIP_NAN] == 0
         for r in range(row, end):
             start = r * n_columns + first
-            _prefetch(p[SOURCE] + 4 * (start + tile), p[TARGET] + width * start, (size * width + 63) // 64)
             if kind == FLOAT32:
                 x_i = carray(_at(p[SOURCE] + 4 * start), (size,), np.int32)
             else:
                 _load(carray(_at(p[SOURCE] + 2 * start), (size,), np.uint16), x_i, kind == BFLOAT16)
-            column_peaks(x_i, in_columns[:size], r == row, p[SKIP_NAN] != 0)
+            if halved:
+                halved_magnitudes(x_i, in_columns)
+            else:
+                column_peaks(x_i, in_columns[:size], r == row, p[SKIP_NAN] != 0)
         blocks = in_blocks[: (size + wide - 1) // wide]
-        block_peaks(in_columns[:size], blocks, wide, one, other)
+        if halved:
+            block_peaks(in_columns[: size // 2], blocks, wide // 2, one, other)
+        else:
+            block_peaks(in_columns[:size], blocks, wide, one, other)
         for value in blocks:
             peak = I32(max(peak, value))
         codes = carray(_at(p[SCALES] + place), blocks.shape, np.uint8)
@@ -253,10 +266,25 @@ def cast_blocks(arguments):
                 _load(carray(_at(p[SOURCE] + 2 * start), (size,), np.uint16), x_i, kind == BFLOAT16)
             halves = carray(_at(p[TARGET] + 2 * start), (size,), np.uint16)
             decoded = p[DECODED] != 0
-            if whole_blocks and target == BFLOAT16:
-                _round_blocks_to_bfloat16(
-                    x_f, factor, back, halves, wide, decoded, shift, e_min, limit, top, over, inf, zero_sign
+            piece = size if PIECE % wide else min(PIECE, size)
+            if not whole_blocks:
+                _prefetch(p[SOURCE] + 4 * (start + tile), p[TARGET] + width * (start + tile), (size + 15) // 16)
+            for q in range(0, size if whole_blocks else 0, piece):
+                _prefetch(
+                    p[SOURCE] + 4 * (start + tile + q), p[TARGET] + width * (start + tile + q), (piece + 15) // 16
                 )
+                f_q, g_q, x_q = factor[q // wide :], back[q // wide :], x_f[q : min(q + piece, size)]
+                if target == BFLOAT16:
+                    h_q = halves[q : min(q + piece, size)]
+                    _round_blocks_to_bfloat16(
+                        x_q, f_q, g_q, h_q, wide, decoded, shift, e_min, limit, top, over, inf, zero_sign
+                    )
+                    continue
+                o_q = rounded[q : min(q + piece, size)]
+                if target == FLOAT32:
+                    o_q = carray(_at(p[TARGET] + 4 * (start + q)), (x_q.size,), np.float32)
+                _round_blocks(x_q, f_q, g_q, o_q, wide, decoded, shift, e_min, limit, top, over, inf, zero_sign)
+            if whole_blocks and target == BFLOAT16:
                 continue
             if mode == NEAREST_EVEN and target == BFLOAT16:
                 _round_nearest_to_bfloat16(x_f, f, g, halves, shift, e_min, limit, top, over, inf, zero_sign)
@@ -264,11 +292,9 @@ def cast_blocks(arguments):
             out = rounded[:size]
             if target == FLOAT32:
                 out = carray(_at(p[TARGET] + 4 * start), (size,), np.float32)
-            if whole_blocks:
-                _round_blocks(x_f, factor, back, out, wide, decoded, shift, e_min, limit, top, over, inf, zero_sign)
-            elif mode == NEAREST_EVEN:
+            if mode == NEAREST_EVEN and not whole_blocks:
                 _round_nearest(x_f, f, g, out, shift, e_min, limit, top, over, inf, zero_sign)
-            else:
+            elif mode != NEAREST_EVEN:
                 if mode == STOCHASTIC:
                     _fill_random(draws, (size + 10) // 4, (p[OFFSET] + start) >> 2, p[SEED])
                 lane = (p[OFFSET] + start) & 3

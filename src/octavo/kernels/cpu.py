@@ -75,7 +75,11 @@ class Caster:
 
 @functools.lru_cache(maxsize=256)
 def caster(format: Format, rounding: Rounding, overflow: Overflow) -> Caster:
-    """The one `Caster` of that format and those modes."""
+    """The one `Caster` of that format and those modes.  Raises ValueError for a format of more than 8 bits."""
+    if format.bits > 8:
+        raise ValueError(
+            f"codes have at most 8 bits; {format.name} has {format.bits}: cast to its dtype with your array library"
+        )
     return Caster(format, rounding, overflow)
 
 

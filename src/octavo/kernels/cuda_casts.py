@@ -58,6 +58,11 @@ def new_state(x: Tensor) -> Tensor:
     return torch.zeros(2, dtype=torch.int32, device=x.device)
 
 
+def code_dtype(format: Format) -> torch.dtype:
+    """What codes are held in."""
+    return torch.uint8 if format.bits <= 8 else torch.uint32
+
+
 def amax_of(state: Tensor) -> Tensor:
     """The amax that kernels gathered: float32, no dimensions."""
     return state[0].view(torch.float32)
@@ -165,10 +170,10 @@ def _cast(
     draws = None
     if rounding is Rounding.STOCHASTIC:
         draws = random_bits(seed or 0, offset, x.numel(), x.device).reshape(x.shape)
-    out = cuda_wide.encode(scaled, format, rounding, overflow, draws)
+    out = cuda_wide.encode(scaled, format, rounding, overflow, draws).to(code_dtype(format))
     if codes:
         return out
-    values = cuda_wide.decode(out, format).to(wide)
+    values = decode(out, format).to(wide)
     return (values / factor).to(x.dtype)
 
 
@@ -187,7 +192,7 @@ def cast_with_amax(
 
     x: from `source_of`, not float64; words: from `seed_words`.  One read of x.
     """
-    out = torch.empty_like(x, dtype=torch.uint8) if codes else torch.empty_like(x)
+    out = torch.empty_like(x, dtype=code_dtype(format)) if codes else torch.empty_like(x)
     state = new_state(x)
     source, kind = kernel_view(x)
     shift = words["offset"] % 4 if rounding is Rounding.STOCHASTIC else 0
@@ -234,8 +239,8 @@ def encode_transposed(
         )
     words = seed_words(rounding, seed, offset, x.numel())
     rows, columns = x.shape
-    codes = torch.empty_like(x, dtype=torch.uint8)
-    turned = torch.empty((columns, rows), dtype=torch.uint8, device=x.device)
+    codes = torch.empty_like(x, dtype=code_dtype(format))
+    turned = torch.empty((columns, rows), dtype=codes.dtype, device=x.device)
     state = new_state(x)
     source, kind = kernel_view(x)
     if x.numel():
@@ -263,11 +268,14 @@ def encode_transposed(
 
 def decode(codes: Tensor, format: Format) -> Tensor:
     """`octavo.decode` on the GPU: the values of `codes`, float32 of their shape."""
-    if codes.dtype is not torch.uint8:
-        raise ValueError(f"codes are uint8; got {codes.dtype}: `encode` makes them")
+    if codes.dtype is not code_dtype(format):
+        held = str(code_dtype(format)).removeprefix("torch.")
+        raise ValueError(f"codes of {format.name} are {held}; got {codes.dtype}: `encode` makes them")
     codes = codes.contiguous()
-    if codes.numel() and format.bits < 8 and int(codes.max()) >= 1 << format.bits:
-        raise ValueError(f"{format.name} has codes 0 to {(1 << format.bits) - 1}; got {int(codes.max())}")
+    if codes.numel() and format.bits != 8:
+        largest = int(codes.long().amax())
+        if largest >= 1 << format.bits:
+            raise ValueError(f"{format.name} has codes 0 to {(1 << format.bits) - 1}; got {largest}")
     if not format.signed:
         return cuda_wide.decode(codes, format)
     out = torch.empty_like(codes, dtype=torch.float32)

@@ -98,7 +98,7 @@ def cast_kernel(
         draws = draw_quads(quad, seed_low, seed_high)
     code = encode(value * factor, draws, FORMAT, MODE)
     if TARGET == CODES:
-        tl.store(out + base + lane, code.to(tl.uint8), mask=inside)
+        tl.store(out + base + lane, code, mask=inside)
     else:
         quotient = tl.div_rn(decode(code, FORMAT), factor)
         tl.store(out + base + lane, narrow(quotient, TARGET), mask=inside)
@@ -160,7 +160,7 @@ def transposed_kernel(
     draws = place
     if MODE == STOCHASTIC:
         draws = draw(offset.to(tl.int64) + place, seed_low, seed_high)
-    code = encode(value * tl.load(scale), draws, FORMAT, MODE).to(tl.uint8)
+    code = encode(value * tl.load(scale), draws, FORMAT, MODE)
     tl.store(codes + place, code, mask=inside)
     inside = (column < columns)[:, None] & (row < rows)[None, :]
     tl.store(turned + (column * rows)[:, None] + row[None, :], tl.trans(code), mask=inside)
@@ -169,19 +169,21 @@ def transposed_kernel(
 
 
 @triton.jit
-def _places(base, step, columns, CHUNK: tl.constexpr, WIDE: tl.constexpr, STRIDE: tl.constexpr):
-    """Where every STRIDE-th element of a chunk of each block lies, int64 [blocks, CHUNK / STRIDE], and its row and column in the block."""
+def _places(base, step, columns, TILE: tl.constexpr, STRIDE: tl.constexpr):
+    """Where every STRIDE-th element of a chunk of each block lies, int64 [blocks, chunk / STRIDE], and its row and column in the block."""
+    CHUNK: tl.constexpr = TILE[1]
+    WIDE: tl.constexpr = TILE[3]
     inside = step * CHUNK + STRIDE * tl.arange(0, CHUNK // STRIDE)
     row, column = inside // WIDE, inside % WIDE
     return base[:, None] + (row.to(tl.int64) * columns + column)[None, :], row[None, :], column[None, :]
 
 
 @triton.jit
-def _load_chunk(x, base, step, columns, high, wide, KIND: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr):
-    """The elements of a chunk of each block, zeros beyond its `high` rows and `wide` columns."""
-    place, row, column = _places(base, step, columns, CHUNK, WIDE, 1)
+def _load_chunk(x, base, step, columns, high, wide, KIND: tl.constexpr, TILE: tl.constexpr):
+    """The elements of a chunk of each block, zeros beyond its `high` rows and `wide` columns; where they lie; whether they are there."""
+    place, row, column = _places(base, step, columns, TILE, 1)
     inside = (row < high[:, None]) & (column < wide[:, None])
-    return widen(tl.load(x + place, mask=inside, other=0), KIND)
+    return widen(tl.load(x + place, mask=inside, other=0), KIND), place, inside
 
 
 @triton.jit
@@ -194,22 +196,13 @@ def _block_peak(value, SKIP: tl.constexpr):
 
 
 @triton.jit
-def _draw_chunk(
-    base,
-    step,
-    columns,
-    seed_low,
-    seed_high,
-    QUADS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """The random bits of a chunk of each block, whose positions start at `base`; QUADS: whether they come by fours."""
-    if QUADS:
-        place, _, _ = _places(base, step, columns, CHUNK, WIDE, 4)
+def _draw_chunk(base, step, columns, seed_low, seed_high, TILE: tl.constexpr):
+    """The random bits of a chunk of each block, whose positions start at `base`."""
+    if TILE[4]:
+        place, _, _ = _places(base, step, columns, TILE, 4)
         draws = draw_quads(place >> 2, seed_low, seed_high)
     else:
-        place, _, _ = _places(base, step, columns, CHUNK, WIDE, 1)
+        place, _, _ = _places(base, step, columns, TILE, 1)
         draws = draw(place, seed_low, seed_high)
     return draws
 
@@ -236,37 +229,32 @@ def blocks_kernel(
 ):
     """codes: of each block of x by its own scale; scales: of the blocks, float32 or uint8; whole: as in `block_scale`.
 
-    TILE is (BLOCKS, CHUNK, STEPS, WIDE, QUADS): a program takes BLOCKS blocks in STEPS chunks of CHUNK elements, WIDE to a row (powers
-    of two, so beyond a block's edge too).  In one chunk x is read once, in more the second time from cache.
+    TILE is (blocks, elements to a chunk, chunks, elements to a row of a chunk, whether draws come by fours) of a program, powers of
+    two that may pass a block's edge.  x is read once or, where a block takes more than one chunk, again from cache.
     """
-    BLOCKS: tl.constexpr = TILE[0]
-    CHUNK: tl.constexpr = TILE[1]
     STEPS: tl.constexpr = TILE[2]
-    WIDE: tl.constexpr = TILE[3]
     per_row = tl.cdiv(columns, along)
-    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    block = tl.program_id(0).to(tl.int64) * TILE[0] + tl.arange(0, TILE[0])
     top, left = block // per_row * across, block % per_row * along
     base = top * columns + left
     high = tl.minimum(rows - top, across).to(tl.int32)  # below 1 past the last block
     wide = tl.minimum(columns - left, along).to(tl.int32)
-    value = _load_chunk(x, base, 0, columns, high, wide, KIND, CHUNK, WIDE)
+    value, place, inside = _load_chunk(x, base, 0, columns, high, wide, KIND, TILE)
     peak = _block_peak(value, RULE[1])
     for step in range(1, STEPS):
-        value = _load_chunk(x, base, step, columns, high, wide, KIND, CHUNK, WIDE)
+        value, place, inside = _load_chunk(x, base, step, columns, high, wide, KIND, TILE)
         peak = tl.maximum(peak, _block_peak(value, RULE[1]))
     factor, scale = block_scale(peak, whole, FORMAT, RULE)
     tl.store(scales + block, scale, mask=high > 0)
     _gather(state, peak)
     for step in range(STEPS):
         if STEPS > 1:
-            value = _load_chunk(x, base, step, columns, high, wide, KIND, CHUNK, WIDE)
+            value, place, inside = _load_chunk(x, base, step, columns, high, wide, KIND, TILE)
         scaled = value * factor[:, None]
-        place, row, column = _places(base, step, columns, CHUNK, WIDE, 1)
-        inside = (row < high[:, None]) & (column < wide[:, None])
         draws = place
         if MODE == STOCHASTIC:
-            draws = _draw_chunk(base + offset, step, columns, seed_low, seed_high, TILE[4], CHUNK, WIDE)
-        tl.store(codes + place, encode(scaled, draws, FORMAT, MODE).to(tl.uint8), mask=inside)
+            draws = _draw_chunk(base + offset, step, columns, seed_low, seed_high, TILE)
+        tl.store(codes + place, encode(scaled, draws, FORMAT, MODE), mask=inside)
         if FORMAT[6] < 0:  # the format has no NaN
             _gather(state + 1, tl.where(inside, as_int(scaled) & _MAGNITUDE, 0))
 

@@ -18,6 +18,7 @@ from octavo.kernels.cuda_casts import (
     amax,
     amax_of,
     cast_with_amax,
+    code_dtype,
     device_of,
     fast_mode,
     in_float64,
@@ -159,7 +160,7 @@ def _tile(across: int, along: int, fours: bool) -> tuple[int, ...]:
 def _encode_blocks(x: Tensor, spec: TensorSpec, words: dict[str, int]) -> tuple[Codes, Tensor]:
     """A scale for each block, in one kernel."""
     (rows, columns), (across, along, blocks) = x.shape, _grid(x, spec)
-    codes, state = torch.empty_like(x, dtype=torch.uint8), new_state(x)
+    codes, state = torch.empty_like(x, dtype=code_dtype(spec.format)), new_state(x)
     scales = torch.empty(blocks, dtype=torch.float32 if _held(spec) is Scales.FLOAT32 else torch.uint8, device=x.device)
     source, kind = kernel_view(x)
     if x.numel():
@@ -196,6 +197,7 @@ def decode_matrix(cast: Codes, spec: TensorSpec) -> Tensor:
     codes, scales, peak = _as_any(*cast)
     across, along, _ = _grid(codes, spec)
     held = _held(spec)
+    maximum = spec.format.max if held is Scales.TWO_LEVEL else 1.0
     rows, columns = codes.shape
     out = torch.empty_like(codes, dtype=torch.float32)
     if codes.numel():
@@ -209,7 +211,7 @@ def decode_matrix(cast: Codes, spec: TensorSpec) -> Tensor:
                 columns,
                 across,
                 along,
-                float(np.float32(1) / np.float32(E4M3FN.max * spec.format.max)),
+                float(np.float32(1) / np.float32(E4M3FN.max * maximum)),
                 FORMAT=constants(spec.format, Overflow.SATURATE, Rounding.NEAREST_EVEN),
                 SCALES=int(held),
                 ROWS=ROWS,

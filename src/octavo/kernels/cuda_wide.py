@@ -18,7 +18,7 @@ def _power_of_two(exponent: Tensor) -> Tensor:
 
 
 def encode(x: Tensor, format: Format, rounding: Rounding, overflow: Overflow, draws: Tensor | None) -> Tensor:
-    """The codes of float64 `x`, uint8 of its shape, NaN among them as whatever code it may; draws: int64 of x's shape, or None.
+    """The codes of float64 `x`, int64 of its shape; NaN is not refused; draws: int64 of x's shape, or None.
 
     This is `octavo.reference.encode`, step by step.
     """
@@ -56,7 +56,7 @@ def encode(x: Tensor, format: Format, rounding: Rounding, overflow: Overflow, dr
             nan = nan | (x == 0)
     if format.nan_code is not None:
         code = torch.where(nan, format.nan_code, code)
-    return code.to(torch.uint8)
+    return code
 
 
 def decode(codes: Tensor, format: Format) -> Tensor:

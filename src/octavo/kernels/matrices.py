@@ -34,7 +34,7 @@ from octavo.table import TensorSpec, Transform
 
 __all__ = ["cast_blocks", "decode_matrix", "encode_matrix", "hadamard", "quantize_matrix"]
 
-_TILE, _TALL_TILE, _NARROWEST = 4096, 65536, 256
+_TILE, _TALL_TILE, _NARROWEST = 4096, 131072, 256
 _LAYOUT = struct.Struct(f"<{BlockSlot.FLOAT}q{BlockSlot.END - BlockSlot.FLOAT}d")
 _HEAD = struct.Struct("<12q")
 _SEED = struct.Struct("<Qq")

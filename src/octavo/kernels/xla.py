@@ -73,7 +73,7 @@ def encode(
     seed: int | Array | None = None,
     offset: int | Array = 0,
 ) -> Array:
-    """The codes of `x`, uint8 of its shape; see `octavo.encode` for the contract.
+    """The codes of `x`, uint8 of its shape (uint32 for the formats of more than 8 bits); see `octavo.encode`.
 
     x: float32, bfloat16, float16, or float64 where JAX has it.  seed, offset: integers, or both 32-bit words of one as uint32 [2], low
     word first, which may be traced.
@@ -86,12 +86,13 @@ def encode(
 def decode(codes: Array, format: Format) -> Array:
     """The values of `codes`, float32 of their shape, exact.
 
-    Raises ValueError for a dtype other than uint8, and for a code beyond the format's bits; traced, such a code decodes to NaN.
+    Raises ValueError for another dtype than `encode` gives, and for a code beyond the format's bits; traced, such a code decodes to NaN.
     """
     _check_array(codes)
-    if codes.dtype != jnp.uint8:
-        raise ValueError(f"codes are uint8; got {codes.dtype}: `encode` makes them")
-    if format.bits < 8 and codes.size and is_known(codes) and int(codes.max()) >= 1 << format.bits:
+    held = jnp.uint8 if format.bits <= 8 else jnp.uint32
+    if codes.dtype != held:
+        raise ValueError(f"codes of {format.name} are {held.dtype}; got {codes.dtype}: `encode` makes them")
+    if format.bits != 8 and codes.size and is_known(codes) and int(codes.max()) >= 1 << format.bits:
         raise ValueError(f"{format.name} has codes 0 to {(1 << format.bits) - 1}; got {int(codes.max())}")
     return _decode(codes, format)  # type: ignore[no-any-return]
 
@@ -218,9 +219,10 @@ def codes_of(
     code = jnp.where(code > format.max_code, over, jnp.maximum(code, 0))
     code = jnp.where(magnitude >= layout.infinity, infinite, code)
 
+    held = jnp.uint8 if format.bits <= 8 else jnp.uint32
     is_nan, negative = magnitude > layout.infinity, bits >= layout.sign
     if format.nan_code is None:
-        return jnp.where(is_nan | ~negative, code, code | format.sign_mask).astype(jnp.uint8)
+        return jnp.where(is_nan | ~negative, code, code | format.sign_mask).astype(held)
     is_nan |= code == format.nan_code
     if format.signed:
         signed = negative if format.has_negative_zero else negative & (code != 0)
@@ -228,7 +230,7 @@ def codes_of(
     else:
         is_nan |= (magnitude == 0) if overflow is Overflow.NONE else False
         is_nan |= negative & (magnitude != 0)
-    return jnp.where(is_nan, format.nan_code, code).astype(jnp.uint8)
+    return jnp.where(is_nan, format.nan_code, code).astype(held)
 
 
 def scaled(bits: Array, by: Array, layout: Layout, format: Format) -> Array:
@@ -246,13 +248,13 @@ def any_nan(bits: Array, layout: Layout, format: Format) -> Array | None:
 
 def value_bits(codes: Any, format: Format) -> Array:
     """The values of codes, as words of float32."""
-    table = np.full(256, FLOAT32.nan)
+    table = np.full(max(256, 1 << format.bits), FLOAT32.nan)
     table[: 1 << format.bits] = format.values.view(np.uint32)
     return look_up(jnp.asarray(table), codes)
 
 
 def look_up(table: Array, codes: Any) -> Array:
-    """The entry of a table of 256 for each code."""
+    """The entry of a table for each code."""
     # Looked up in the same loop as they are computed, codes would be computed one by one.
     return table.at[settled(codes)].get(mode="promise_in_bounds")
 

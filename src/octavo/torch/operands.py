@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from octavo.formats import E4M3FN, E8M0FNU
+from octavo.formats import BFLOAT16, E4M3FN, E8M0FNU, FLOAT16, Format
 from octavo.kernels import cpu, matrices
 from octavo.kernels.scales import current_scale
 from octavo.kernels.unpack import unpack
@@ -87,33 +87,38 @@ class Cast:
         """upright: the GEMM contracts the rows of the tensor as it lies in memory; number: of the cell, for its random draws."""
         self.spec, self.upright, self.number = spec, upright, number
         self.stochastic = spec.rounding is Rounding.STOCHASTIC
-        self.caster = cpu.caster(spec.format, spec.rounding, spec.overflow)
+        wide = spec.format.bits > 8
+        self.caster = None if wide else cpu.caster(spec.format, spec.rounding, spec.overflow)
         self.current = spec.scaling if isinstance(spec.scaling, Current) else None
         self.delayed = isinstance(spec.scaling, Delayed)
         self.whole = isinstance(spec.scaling, (Unscaled, Current, Delayed))
         exact = not isinstance(spec.scaling, Block) or spec.scaling.scale is not BlockScale.FLOAT32
         self.folded = exact and not isinstance(spec.scaling, Row)
-        self.simple = self.folded and spec.transform is Transform.NONE
+        self.simple = not wide and self.folded and spec.transform is Transform.NONE
 
     def __call__(self, x: Tensor, delayed: float, seed: int = 0) -> Operand:
         """The operand that x makes.  delayed: the scale that its history gives, where the recipe goes by it; seed: of random draws."""
+        if self.spec.format.bits > 8:
+            return Operand(_rounded(dense(x), self.spec.format), not self.upright)
         x, upright = self._laid(x)
         if not self.whole:
             values = torch.empty(x.shape, dtype=operand_dtype())
             return self._in_blocks(x, upright, seed, values, None)[0]
         values = torch.empty(x.shape, dtype=operand_dtype())
+        assert self.caster is not None
         scale = self._scale(x, delayed)
         amax = self.caster(_buffer(x), _buffer(values), scale, 1.0, seed, self.number << 56)
         return Operand(values, not upright, inverse(scale), amax=amax)
 
     def pack(self, x: Tensor, delayed: float, seed: int = 0) -> Packed:
-        """The same, held in codes."""
+        """The same, held in codes.  Only of formats of at most 8 bits."""
         x, upright = self._laid(x)
         codes = torch.empty(x.shape, dtype=torch.uint8)
         if not self.whole:
             packed = self._in_blocks(x, upright, seed, codes, cpu.Kind.CODES)[1]
             assert packed is not None
             return packed
+        assert self.caster is not None
         scale = self._scale(x, delayed)
         amax = self.caster(_buffer(x), _buffer(codes, cpu.Kind.CODES), scale, 1.0, seed, self.number << 56)
         return self.packed(codes, Operand(codes[:0], not upright, inverse(scale), amax=amax), codes.shape)
@@ -198,3 +203,21 @@ class Cast:
             return operand, Packed(target, np.ones((1, 1), np.float32), (max(rows, 1), max(columns, 1)), operand)
         back = E4M3FN.values[scales] if two_level else E8M0FNU.values[scales] if e8m0 else scales
         return operand, Packed(target, np.ascontiguousarray(back), (high, wide), operand)
+
+
+def _rounded(x: Tensor, format: Format) -> Tensor:
+    """x to nearest even in a wider format, finite overflow to Inf, in the narrowest dtype that `octavo.torch.gemm` multiplies exactly."""
+    if x.dtype is torch.float64:
+        raise ValueError(
+            f"{format.name} takes float32, bfloat16 and float16 layers; got float64: convert it (module.float())"
+        )
+    if format is BFLOAT16:
+        return x.to(torch.bfloat16).to(operand_dtype())
+    if format is FLOAT16:
+        return x.to(torch.float16).float()
+    wide = x.float()
+    drop = 23 - format.mantissa_bits
+    bits = wide.view(torch.int32)
+    half = (1 << (drop - 1)) - 1
+    rounded = ((bits + half + ((bits >> drop) & 1)) & -(1 << drop)).view(torch.float32)
+    return torch.where(wide.isnan(), wide, rounded)

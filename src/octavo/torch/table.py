@@ -112,19 +112,21 @@ def _shared(one: TensorSpec | None, other: TensorSpec | None) -> bool:
 
 def _fuses(*casts: Cast | None) -> bool:
     """Whether casts can be links of a chain: those to nearest with one scale can."""
-    return all(cast is not None and cast.whole and not cast.stochastic for cast in casts)
+    return all(cast is not None and cast.whole and not cast.stochastic and cast.caster is not None for cast in casts)
+
+
+def _link(cast: Cast | None, dtype: torch.dtype, size: int) -> fused.Operand:
+    """A cast of a chain."""
+    assert cast is not None
+    assert cast.caster is not None
+    return fused.Operand(cast.caster, cast.current, KINDS[dtype], size)
 
 
 @functools.lru_cache(maxsize=1024)
 def output_pass(recipe: str, t: int, i: int, o: int, x: torch.dtype, w: torch.dtype, many: int) -> fused.Pass:
     """The GEMM `output` and its casts in one call."""
     left, right = table_of(recipe).output[:2]
-    assert left is not None
-    assert right is not None
-    operands = (
-        fused.Operand(left.caster, left.current, KINDS[x], t * i),
-        fused.Operand(right.caster, right.current, KINDS[w], o * i),
-    )
+    operands = _link(left, x, t * i), _link(right, w, o * i)
     return fused.Pass(operands, (fused.Shape(t, o, i, False, True, (0, 1)),), many)
 
 
@@ -134,10 +136,9 @@ def backward_pass(
 ) -> fused.Pass:
     """The GEMMs `grad_input` and `grad_weight`, those needed, and the cast of grad_output in one call."""
     left = table_of(recipe).grad_input.left
-    assert left is not None
     products = fused.Shape(t, i, o, False, False, (0,)), fused.Shape(o, i, t, True, False, (0,))
     needed = tuple(product for product, need in zip(products, needs, strict=True) if need)
-    return fused.Pass((fused.Operand(left.caster, left.current, KINDS[g], t * o),), needed, many)
+    return fused.Pass((_link(left, g, t * o),), needed, many)
 
 
 def seed_of(draws: Tensor, table: Table) -> int:
@@ -155,7 +156,7 @@ PACK = 1 << 20
 def held_input(table: Table, input: Tensor, operand: Operand, seed: int) -> tuple[Tensor, Operand | Packed | None]:
     """What is held of the input for grad_weight: a tensor, and what makes an operand of it again (None: the cast, or nothing)."""
     cast = table.grad_weight.right
-    if cast is None:
+    if cast is None or cast.caster is None:
         return input, None
     if not table.cast[0]:
         packed = cast.pack(input, 1.0, seed)
