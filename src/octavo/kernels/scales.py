@@ -112,24 +112,35 @@ def roll_history(history: Any, before: Any, scale: Any, maximum: Any, margin: fl
 
 @cfunc(types.void(types.int64), cache=True, error_model="numpy")
 def _roll_history(arguments: Any) -> None:
-    p = carray(_at(arguments), (7,), np.int64)
+    p, floats = carray(_at(arguments), (7,), np.int64), carray(_at(arguments + 56), (4,), np.float64)
     tensors = (p[2],)
     rows = carray(_at(p[0]), (p[1], p[2]), np.float32)
+    for t in range(p[2]):
+        amax = np.float32(floats[1 + t])
+        if amax > rows[0, t] or np.isnan(amax):
+            rows[0, t] = amax
     before, scale = carray(_at(p[3]), tensors, np.float32), carray(_at(p[4]), tensors, np.float32)
-    margin = carray(_at(arguments + 56), (1,), np.float64)[0]
-    roll_history(rows, before, scale, carray(_at(p[5]), tensors, np.float32), margin, p[6] != 0)
+    roll_history(rows, before, scale, carray(_at(p[5]), tensors, np.float32), floats[0], p[6] != 0)
 
 
-_ROLL = struct.Struct("<7qd")
+_ROLL = struct.Struct("<7q4d")
 _Roll: Any = ctypes.c_char * _ROLL.size
 
 
 def roll_history_at(
-    history: int, steps: int, tensors: int, before: int, scale: int, maximum: int, margin: float, most_recent: bool
+    history: int,
+    steps: int,
+    tensors: int,
+    before: int,
+    scale: int,
+    maximum: int,
+    margin: float,
+    most_recent: bool,
+    amaxes: tuple[float, ...] = (0.0, 0.0, 0.0),
 ) -> None:
-    """`roll_history` of the arrays at these addresses."""
+    """`gather_amax` of amaxes, then `roll_history`, of the arrays at these addresses; at most 3 tensors."""
     arguments = _Roll()
-    _ROLL.pack_into(arguments, 0, history, steps, tensors, before, scale, maximum, most_recent, margin)
+    _ROLL.pack_into(arguments, 0, history, steps, tensors, before, scale, maximum, most_recent, margin, *amaxes)
     _roll_history.ctypes(ctypes.addressof(arguments))
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "check_recipe",
     "current",
     "fp8_autocast",
+    "has_ranks",
     "in_backward",
     "inside_function",
     "register",
@@ -178,11 +179,17 @@ def _end_backward() -> None:
         layer.update_backward()
 
 
+def has_ranks(group: Any = None) -> bool:
+    """Whether other processes of the group train too."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size(group) > 1
+
+
 def _reduce(layers: Iterable[Scaled], *, backward: bool, group: Any) -> bool:
     """The maximum over all ranks of each layer's new amaxes, in place, in one collective; whether there are other ranks."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size(group) == 1:
+    if not has_ranks(group):
         return False
+    distributed = torch.distributed
     # In the order the layers were made, which is the same on every rank.
     in_order = sorted(layers, key=lambda layer: layer.serial)
     rows = [row for layer in in_order for row in layer.rows_to_reduce(backward=backward)]

@@ -102,9 +102,14 @@ class Linear(nn.Linear, ScaledLayer):
         if is_first_microbatch:
             self._kept_weight = _keep(operand, facts) if recipe.output.right is not None else (None, None)
         if record and not repeating:
-            self.gather_forward(facts[2:])
-            if frame is None:
-                self.update_forward_in_place()
+            if compiling:
+                self.gather_forward(facts[2:])
+                if frame is None:
+                    self.update_forward_in_place()
+            elif frame is None:
+                self.step_alone(facts[2:])
+            else:
+                self.gather_forward(facts[2:])
         return output if input.dim() == 2 else output.reshape(*input.shape[:-1], self.out_features)
 
     @property

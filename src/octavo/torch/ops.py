@@ -293,10 +293,10 @@ class _Linear(torch.autograd.Function):
             ctx.seed = seed_of(draws, table)
             output, x, w, facts = _forward(table, input, weight, bias, kept, factor, scales, dtype, ctx.seed)
             held, ctx.input = held_input(table, input, x, ctx.seed) if ctx.needs_input_grad[1] else (None, None)
-            ctx.weight = w._replace(last=False) if table.cast[1] else None
+            ctx.weight = w.factor if table.cast[1] else None
             ctx.save_for_backward(held, w.values if table.cast[1] else weight)
             if held is not None:
-                layer.progress.held = bytes_of(held, ctx.input), input.nbytes
+                layer.progress.held = bytes_of(held, ctx.input), input.numel() * input.element_size()
             if not keep or table.output.right is None or not table.output.right.simple:
                 return output, None, None, facts
             ctx.mark_non_differentiable(w.values)
@@ -321,7 +321,7 @@ def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.layer is not None:
         table = table_of(ctx.recipe)
         held, weight = ctx.saved_tensors
-        w = weight if ctx.weight is None else ctx.weight._replace(values=weight)
+        w = weight if ctx.weight is None else Operand(weight, False, ctx.weight)
         x = None if held is None else input_of(table, held, ctx.input)
         *gradients, amaxes = _backward(table, grad_output, x, w, ctx.grad_scales, needs, ctx.seed)
         if ctx.record:

@@ -173,6 +173,33 @@ class ScaledLayer(nn.Module):
         if isinstance(recipe.delayed.algorithm, AmaxAlgorithm) or history[0].any():
             _roll(history, scale, scale, recipe, True)
 
+    def step_alone(self, amaxes: Tensor | tuple[float, ...]) -> None:
+        """`gather_forward` and `update_forward` of one call that is a block of its own."""
+        progress, buffers = self.progress, self._buffers
+        assert progress.recipe is not None
+        rule, history = _rule(progress.recipe, False), buffers["amax_history_forward"]
+        before, after = buffers["scale_forward"], buffers["scale_forward_before"]
+        if isinstance(amaxes, Tensor) or not rule.compiled or context.has_ranks():
+            self.gather_forward(amaxes)
+            self.update_forward_in_place()
+            return
+        assert history is not None
+        assert before is not None
+        assert after is not None
+        buffers["scale_forward"], buffers["scale_forward_before"] = after, before
+        progress.updates += 1
+        scales.roll_history_at(
+            history.data_ptr(),
+            history.shape[0],
+            len(FORWARD),
+            before.data_ptr(),
+            after.data_ptr(),
+            rule.address,
+            rule.margin,
+            rule.most_recent,
+            amaxes,
+        )
+
     def update_forward_in_place(self) -> None:
         """`update_forward` for one call that is a block of its own, traceable by torch.compile."""
         if not torch.compiler.is_compiling():

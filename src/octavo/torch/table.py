@@ -162,27 +162,25 @@ def held_input(table: Table, input: Tensor, operand: Operand, seed: int) -> tupl
         packed = cast.pack(input, 1.0, seed)
         return packed.codes, packed._replace(codes=_NOTHING)
     if input.numel() < PACK:
-        return operand.values, operand._replace(values=_NOTHING, last=False)
+        return operand.values, Operand(_NOTHING, False, operand.factor)
     codes = cast.codes_of(operand.values)
-    return codes, cast.packed(_NOTHING, operand._replace(values=_NOTHING, last=False), codes.shape)
+    return codes, cast.packed(_NOTHING, Operand(_NOTHING, False, operand.factor), codes.shape)
 
 
 def input_of(table: Table, held: Tensor, how: Operand | Packed | None) -> Tensor | Operand:
     """The operand of grad_weight again, or the input itself where it is not cast."""
-    match how:
-        case Packed():
-            cast = table.grad_weight.right
-            assert cast is not None
-            return cast.unpack(how._replace(codes=held))
-        case Operand():
-            return how._replace(values=held)
-        case None:
-            return held
+    if how is None:
+        return held
+    if isinstance(how, Operand):
+        return Operand(held, False, how.factor)
+    cast = table.grad_weight.right
+    assert cast is not None
+    return cast.unpack(how._replace(codes=held))
 
 
 def bytes_of(held: Tensor, how: Operand | Packed | None) -> int:
     """Bytes that `held_input` holds."""
-    return held.nbytes + (how.nbytes if isinstance(how, Packed) else 0)
+    return held.numel() * held.element_size() + (how.nbytes if isinstance(how, Packed) else 0)
 
 
 _NOTHING = torch.empty(0)
