@@ -26,7 +26,7 @@ __all__ = [
     "worthwhile_threads",
 ]
 
-SERIAL = 4 * CHUNK
+SERIAL = 2 * CHUNK
 """Below this many elements waking a second thread costs more than it saves."""
 
 _MODES = {mode: number for number, mode in enumerate(Rounding)}

@@ -24,7 +24,7 @@ from octavo.kernels.memory import wide_vectors as _wide_vectors
 
 __all__ = ["CHUNK", "Kind", "Slot", "amax", "cast32"]
 
-CHUNK = 8192
+CHUNK = 16384
 """Elements a thread takes at a time: a multiple of 4 (Philox's block), small enough for the second-level cache."""
 TILE, AHEAD = 256, 1024
 """Elements rounded at a time, and how far ahead of them memory is asked for: else each store would wait to read what it overwrites."""
