@@ -509,3 +509,9 @@ def test_get_recipe_gives_the_defaults_and_suggests_the_nearest_name() -> None:
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match=r"no recipe is called 'zzz' \(`octavo recipes` lists them\)"):
         get_recipe("zzz")
+
+
+@pytest.mark.parametrize(("tensor", "gemm"), [("input", "grad_weight"), ("weight", "grad_input")])
+def test_a_delayed_tensor_is_cast_in_the_forward_pass_where_its_amax_is_taken(tensor: str, gemm: str) -> None:
+    with pytest.raises(ValueError, match=f"delayed scaling of {tensor} learns from the GEMM output"):
+        Recipe(**{gemm: Gemm(right=TensorSpec(E4M3FN, Delayed()))})

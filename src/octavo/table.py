@@ -202,6 +202,12 @@ class Recipe:
             raise ValueError(
                 f"{self.name}: the tensors of one recipe share their amax history; give all the same Delayed(...)"
             )
+        for tensor, first in (("input", self.output.left), ("weight", self.output.right)):
+            if tensor in delayed and first is None:
+                raise ValueError(
+                    f"{self.name}: delayed scaling of {tensor} learns from the GEMM output, which leaves it uncast; cast it there too or "
+                    "use scaling=Current()"
+                )
         for gemm, (left, right, _) in _GEMMS.items():
             row: Gemm = getattr(self, gemm)
             transforms = [Transform.NONE if spec is None else spec.transform for spec in (row.left, row.right)]

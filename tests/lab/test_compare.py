@@ -42,6 +42,8 @@ def by_name(comparison: Comparison) -> dict[str, ArmResult]:
 
 def test_the_arms_are_those_that_the_command_promises() -> None:
     assert list(DEFAULT_ARMS) == ["torch-fp32", "torch-bf16", "torch-fp8", "torch-fp8-current", "torch-fp8-infer"]
+    assert len(ARMS) == len(DEFAULT_ARMS) + len(NAMED) - 2  # two of the first are recipes
+    assert ARMS["torch-bf16"].mode is Mode.BFLOAT16
     assert {arm.recipe().name for arm in ARMS.values() if arm.recipe is not None} == set(NAMED)
     assert all((arm.recipe is not None) == (arm.mode in (Mode.RECIPE, Mode.CALIBRATED)) for arm in ARMS.values())
 

@@ -65,11 +65,10 @@ DEFAULT_ARMS: tuple[str, ...] = tuple(arm.name for arm in _FIRST)
 
 
 def _of(recipe: Callable[[], Recipe]) -> Arm:
-    """`torch-mxfp8` for `mxfp8`: trained and tested under that recipe."""
-    name = recipe.__name__
-    return Arm(
-        name=f"torch-{name.replace('_', '-')}", description=f"the recipe {name}", mode=Mode.RECIPE, recipe=recipe
-    )
+    """`torch-mxfp8` for `mxfp8`, `torch-bf16-recipe` where the name is taken: trained and tested under that recipe."""
+    name = f"torch-{recipe.__name__.replace('_', '-')}"
+    name += "-recipe" if name in DEFAULT_ARMS else ""
+    return Arm(name=name, description=f"the recipe {recipe.__name__}", mode=Mode.RECIPE, recipe=recipe)
 
 
 ARMS: Mapping[str, Arm] = MappingProxyType(
