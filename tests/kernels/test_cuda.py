@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parents[1]
-INTERPRETED = ("test_gpu_casts.py", "test_gpu_matrices.py")
+INTERPRETED = ("test_gpu_casts.py", "test_gpu_linear.py", "test_gpu_matrices.py")
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 

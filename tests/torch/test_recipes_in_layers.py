@@ -228,3 +228,15 @@ def test_row_scales_leave_each_row_its_own() -> None:
     torch.testing.assert_close(together[:1], alone, rtol=1e-6, atol=1e-7)
     with autocast(enabled=False):
         torch.testing.assert_close(alone, layer(x[:1]), rtol=0.2, atol=0.2)
+
+
+@every_recipe
+def test_micro_batches_that_share_a_weight_are_those_that_do_not(recipe: Recipe) -> None:
+    torch.manual_seed(0)
+    layer, x = Linear(40, 24, recipe=recipe), torch.randn(2, 8, 40)
+    layer.eval()
+    with autocast(recipe=recipe):
+        apart = [layer(part) for part in x]
+        shared = [layer(part, is_first_microbatch=first) for part, first in zip(x, (True, False), strict=True)]
+    for one, other in zip(apart, shared, strict=True):
+        assert one.equal(other)

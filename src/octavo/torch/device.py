@@ -13,24 +13,19 @@ import enum
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.formats import E4M3FN, E5M2, Format
-from octavo.reference import Codes, block_shape
-from octavo.scaling import Block, BlockScale, Delayed, Row, TwoLevel, Unscaled, amax_scale
-from octavo.table import Accumulator, TensorSpec, Transform
+from octavo.table import Accumulator
 from octavo.torch import context
-from octavo.torch.gemm import operand_dtype
+from octavo.torch.device_operands import Matrix, cast_both, cast_one, held_again
 from octavo.torch.operands import Cast
 from octavo.torch.table import Table, seed_of, table_of
 
-__all__ = ["Cores", "backward", "forward", "held_dtype", "linear_backward_cuda", "linear_cuda", "tensor_cores"]
+__all__ = ["Cores", "backward", "forward", "linear_backward_cuda", "linear_cuda", "tensor_cores"]
 
 _FP8 = {E4M3FN: torch.float8_e4m3fn, E5M2: torch.float8_e5m2}
 """The formats that tensor cores multiply."""
@@ -55,140 +50,6 @@ def tensor_cores(device: torch.device) -> Cores:
         return Cores.NONE
     capability = torch.cuda.get_device_capability(device)
     return Cores.NONE if capability < (8, 9) else Cores.HOPPER if capability[0] == 9 else Cores.FP8
-
-
-def held_dtype(cast: Cast, device_type: str) -> torch.dtype:
-    """What `octavo::linear` returns an operand in; cast: its cell, a `simple` one.
-
-    On the CPU values; elsewhere codes of tensors with one scale, and values, scales multiplied in, of those with scales of blocks.
-    """
-    if device_type == "cpu":
-        return operand_dtype()
-    return torch.uint8 if cast.whole else torch.bfloat16
-
-
-class Matrix(NamedTuple):
-    """What a GEMM multiplies, an operand matrix [rows, contracted], and what undoes those scales that are not in it."""
-
-    held: Tensor
-    """Codes, uint8, of `format`; values where that is None."""
-    format: Format | None = None
-    factor: Tensor | None = None
-    """float32 [1]: undoes the one scale of the tensor."""
-    rows: Tensor | None = None
-    """float32 [rows]: undoes a scale for each."""
-    blocks: Tensor | None = None
-    """float32 [blocks of rows, blocks along the contracted axis]: undoes those of blocks."""
-    block: tuple[int, int] = (1, 1)
-    """(across, along) of one."""
-    amax: Tensor | None = None
-    """float32, one element; None is 0."""
-
-    @property
-    def values(self) -> Tensor:
-        """[rows, contracted]."""
-        if self.format is None:
-            return self.held
-        ones = torch.ones((1, 1), device=self.held.device)
-        return _decoded(self.held, ones, TensorSpec(self.format, Unscaled()))
-
-    def turned(self) -> Matrix:
-        """The same tensor contracted along its other axis; only of one without scales of rows and blocks."""
-        return self._replace(held=self.held.t())
-
-
-def _decoded(codes: Tensor, scales: Tensor, spec: TensorSpec) -> Tensor:
-    """Codes times scales, float32."""
-    from octavo.kernels import cuda
-
-    found: Any = codes.contiguous(), scales, scales  # no amax enters where scales are not two-level
-    return cuda.decode_matrix(Codes(*found), spec)
-
-
-@functools.cache
-def _given(spec: TensorSpec) -> TensorSpec:
-    """The same cast with a scale that is given."""
-    return replace(spec, scaling=Delayed(), transform=Transform.NONE)
-
-
-def _scale(x: Tensor, cast: Cast, delayed: Tensor | None) -> Tensor:
-    """The one scale of x, float32 [1]."""
-    from octavo.kernels import cuda
-
-    if cast.current is not None:
-        return amax_scale(cuda.amax(x).reshape(1), cast.spec.format.max, cast.current)  # type: ignore[no-any-return]
-    return delayed if cast.delayed and delayed is not None else torch.ones(1, device=x.device)
-
-
-def _undone(scale: Tensor) -> Tensor:
-    """1 / scale; torch divides a number by a tensor inexactly."""
-    return torch.ones_like(scale) / scale
-
-
-def _cast_both(x: Tensor, cast: Cast, delayed: Tensor | None, seed: int) -> tuple[Matrix, Matrix]:
-    """x, of one scale, contracted along its columns and along its rows: codes of both in one read."""
-    from octavo.kernels import cuda
-
-    spec, scale = cast.spec, _scale(x, cast, delayed)
-    codes, turned, amax = cuda.encode_transposed(
-        x,
-        spec.format,
-        scale=scale,
-        rounding=spec.rounding,
-        overflow=spec.overflow,
-        seed=seed,
-        offset=cast.number << 56,
-    )
-    one = Matrix(codes, spec.format, _undone(scale), amax=amax)
-    return one, one._replace(held=turned)
-
-
-def _cast(x: Tensor, cast: Cast | None, delayed: Tensor | None, seed: int, *, turned: bool = False) -> Matrix:
-    """x as a GEMM takes it; delayed: the scale that its history gives, float32 [1]; turned: whether the GEMM contracts x's rows."""
-    from octavo.kernels import cuda
-
-    if cast is None or cast.spec.format.bits > 8:
-        values = x if cast is None else cast(x, 1.0).values
-        return Matrix(values.t() if turned else values)
-    matrix, spec = x.t() if turned else x, cast.spec
-    if not cast.whole:
-        return _in_blocks(matrix, cast, seed)
-    transformed = spec.transform is not Transform.NONE
-    if turned and not (cast.stochastic or transformed):  # draws and transforms go by the place in the operand matrix
-        return _cast_both(x, cast, delayed, seed)[1]
-    if transformed:
-        matrix = cuda.hadamard(matrix)
-    scale = _scale(matrix, cast, delayed)
-    found: Any = cuda.encode_matrix(matrix, _given(spec), scale=scale, seed=seed, offset=cast.number << 56)
-    return Matrix(found.codes, spec.format, _undone(scale), amax=found.amax)
-
-
-def _in_blocks(matrix: Tensor, cast: Cast, seed: int) -> Matrix:
-    """Cast with a scale for each block or row: powers of two and E4M3 multiplied into the values, float32 beside them."""
-    from octavo.kernels import cuda
-
-    spec = cast.spec
-    found: Any = cuda.encode_matrix(matrix, spec, seed=seed, offset=cast.number << 56)
-    codes, scales, amax = found
-    across, along = block_shape(spec, *codes.shape)
-    match spec.scaling:
-        case Row():
-            return Matrix(codes, spec.format, rows=scales.reshape(-1) if codes.numel() else None, amax=amax)
-        case Block(scale=BlockScale.FLOAT32):
-            blocks = scales if codes.numel() else None
-            return Matrix(codes, spec.format, blocks=blocks, block=(across, along), amax=amax)
-        case TwoLevel():
-            reciprocal = float(np.float32(1) / np.float32(E4M3FN.max * spec.format.max))
-            like = TensorSpec(spec.format, Block(shape=(across, along), scale=BlockScale.FLOAT32))
-            values = _decoded(codes, cuda.decode(scales, E4M3FN), like)
-            return Matrix(values.bfloat16(), factor=amax.reshape(1) * reciprocal, amax=amax)
-    return Matrix(cuda.decode_matrix(found, spec).bfloat16(), amax=amax)
-
-
-def _again(held: Tensor, cast: Cast | None, factor: Tensor) -> Matrix:
-    """The operand that `forward` returned."""
-    assert cast is not None
-    return Matrix(held, cast.spec.format if cast.whole else None, factor)
 
 
 @contextlib.contextmanager
@@ -226,6 +87,8 @@ def _filled(codes: Tensor, format: Format | None, rows: int) -> Tensor:
 
 def _on_cores(left: Matrix, right: Matrix, accumulator: Accumulator, dtype: torch.dtype) -> Tensor:
     """`left @ right.T` by FP8 tensor cores, scales undone, in float32 or bfloat16."""
+    assert left.factor is not None
+    assert right.factor is not None
     y = torch._scaled_mm(
         _filled(left.held, left.format, 1),
         _filled(right.held, right.format, _ALIGNED).t(),
@@ -242,10 +105,8 @@ def _emulated(left: Matrix, right: Matrix) -> Tensor:
     a, b = left.values, right.values
     wide = torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
     with _in_float32(a.device):
-        if left.blocks is None and right.blocks is None:
-            y = a.to(wide) @ b.to(wide).t()
-        else:
-            y = _by_blocks(left, right, a.float(), b.float())
+        bare = left.blocks is None and right.blocks is None
+        y = a.to(wide) @ b.to(wide).t() if bare else _by_blocks(left, right, a.float(), b.float())
     factors = [one.factor for one in (left, right) if one.factor is not None]
     if factors:
         y.mul_(math.prod(factors))
@@ -310,7 +171,7 @@ def _result(
     """A GEMM result, cast and decoded where the recipe says so, and its amax."""
     if cast is None:
         return y, None
-    found = _cast(y, cast, delayed, seed)
+    found = cast_one(y, cast, delayed, seed)
     values = found.values.float()
     if found.factor is not None:
         values = values * found.factor
@@ -341,11 +202,13 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `octavo::linear` returns, by these tensor cores."""
     row = table.output
-    left = _cast(input, row.left, scales[0:1], seed)
+    left = cast_one(input, row.left, scales[0:1], seed)
     if kept_weight is None or kept_factor is None or row.right is None or not row.right.simple:
-        right = _cast(weight, row.right, scales[1:2], seed)
+        right = cast_one(weight, row.right, scales[1:2], seed)
     else:
-        right = _again(kept_weight.clone(), row.right, kept_factor.clone())  # an operator returns none of its arguments
+        right = held_again(
+            kept_weight.clone(), row.right, kept_factor.clone()
+        )  # an operator returns none of its arguments
     wide = dtype if row.result is None else torch.float32
     y = _product(left, right, row.accumulator, cores, bias=bias, dtype=wide)
     y, y_amax = _result(y, row.result, scales[2:3], seed, dtype)
@@ -377,27 +240,27 @@ def backward(
         left = table.grad_input.left
         assert left is not None
         if left.whole:
-            g, turned = _cast_both(grad_output, left, scale, seed)
+            g, turned = cast_both(grad_output, left, scale, seed)
         else:
-            g = _cast(grad_output, left, scale, seed)
+            g = cast_one(grad_output, left, scale, seed)
             turned = g.turned()
     if needs[0]:
         row = table.grad_input
-        g = _cast(grad_output, row.left, scale, seed) if g is None else g
+        g = cast_one(grad_output, row.left, scale, seed) if g is None else g
         if table.cast[1]:
-            w = _again(weight, table.output.right, facts[1:2]).turned()
+            w = held_again(weight, table.output.right, facts[1:2]).turned()
         else:
-            w = _cast(weight, row.right, None, seed, turned=True)
+            w = cast_one(weight, row.right, None, seed, turned=True)
         grad_input = _product(g, w, row.accumulator, cores, dtype=dtype if row.result is None else torch.float32)
         grad_input, i_amax = _result(grad_input, row.result, scales[1:2], seed, dtype)
     if needs[1]:
         row = table.grad_weight
-        turned = _cast(grad_output, row.left, scale, seed, turned=True) if turned is None else turned
+        turned = cast_one(grad_output, row.left, scale, seed, turned=True) if turned is None else turned
         g = turned if g is None else g
         if table.cast[0]:
-            x = _again(input, table.output.left, facts[0:1]).turned()
+            x = held_again(input, table.output.left, facts[0:1]).turned()
         else:
-            x = _cast(input, row.right, None, seed, turned=True)
+            x = cast_one(input, row.right, None, seed, turned=True)
         grad_weight = _product(turned, x, row.accumulator, cores, dtype=dtype if row.result is None else torch.float32)
         grad_weight, _ = _result(grad_weight, row.result, None, seed, dtype)
     grad_bias = grad_output.sum(0) if needs[2] else grad_output.new_empty(0)
@@ -419,7 +282,7 @@ def linear_cuda(
     dtype: torch.dtype,
     record: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`octavo::linear` on a CUDA device: arguments and results are those of `octavo.torch.ops.linear`, operands as `held_dtype` has them."""
+    """`octavo::linear` on a CUDA device: arguments and results as of `octavo.torch.ops.linear`, operands as `held_dtype` has them."""
     table = table_of(recipe)
     cores, seed = tensor_cores(input.device), seed_of(draws, table)
     return forward(table, input, weight, bias, kept_weight, kept_factor, scales, dtype, seed, cores)

@@ -76,7 +76,8 @@ def matmul(
         a, b = a.to(wide), b.to(wide)
         left, right = a.t() if a_transposed else a, b.t() if b_transposed else b
         base = torch.zeros((), dtype=wide) if bias is None else bias.to(wide)
-        out = torch.addmm(base, left, right, beta=0.0 if bias is None else 1.0, alpha=factor)
+        with torch.autocast("cpu", enabled=False):
+            out = torch.addmm(base, left, right, beta=0.0 if bias is None else 1.0, alpha=factor)
         return out if dtype is torch.float32 else out.to(dtype)
     out = torch.empty(m, n)
     if bias is not None:

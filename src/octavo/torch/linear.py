@@ -100,7 +100,9 @@ class Linear(nn.Linear, ScaledLayer):
             record,
         )
         if is_first_microbatch:
-            self._kept_weight = _keep(operand, facts) if recipe.output.right is not None else (None, None)
+            # A weight with scales of rows or blocks beside its values, or uncast, is cast anew each time: the same codes.
+            cast_alone = operand is not None and operand.numel() == self.weight.numel()
+            self._kept_weight = _keep(operand, facts) if cast_alone else (None, None)
         if record and not repeating:
             if compiling:
                 self.gather_forward(facts[2:])

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from octavo.kernels import threads
 from octavo.torch import context, fused
-from octavo.torch.gemm import dense, operand_dtype
+from octavo.torch.device import linear_backward_cuda, linear_cuda
+from octavo.torch.device_operands import held_dtype
+from octavo.torch.gemm import dense
 from octavo.torch.operands import Operand
 from octavo.torch.products import product
 from octavo.torch.state import gather
@@ -150,13 +152,14 @@ def _linear_fake(
     dtype: torch.dtype,
     record: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (left, right), held = table_of(recipe).output[:2], operand_dtype()
-    return (
-        input.new_empty((input.shape[0], weight.shape[0]), dtype=dtype),
-        input.new_empty(input.shape, dtype=held) if left is not None and left.simple else input.new_empty(0),
-        weight.new_empty(weight.shape, dtype=held) if right is not None and right.simple else input.new_empty(0),
-        scales.new_empty(5),
-    )
+    held = [
+        x.new_empty(x.shape, dtype=held_dtype(cast, x.device.type))
+        if cast is not None and cast.simple
+        else input.new_empty(0)
+        for x, cast in zip((input, weight), table_of(recipe).output[:2], strict=True)
+    ]
+    output = input.new_empty((input.shape[0], weight.shape[0]), dtype=dtype)
+    return output, held[0], held[1], scales.new_empty(5)
 
 
 def _backward(
@@ -345,7 +348,9 @@ def _linear_autograd(*arguments: Any) -> Any:
 
 
 _library.impl("linear", _linear_cpu, "CPU")
+_library.impl("linear", linear_cuda, "CUDA")
 _library.impl("linear", _linear_autograd, "Autograd")
 _library.impl("linear_backward", _linear_backward_cpu, "CPU")
+_library.impl("linear_backward", linear_backward_cuda, "CUDA")
 torch.library.register_fake("octavo::linear", _linear_fake, lib=_library)
 torch.library.register_fake("octavo::linear_backward", _linear_backward_fake, lib=_library)
