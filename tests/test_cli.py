@@ -199,7 +199,8 @@ def test_compare_prints_one_table_and_writes_what_it_says(tmp_path: Path) -> Non
 
 
 INTERRUPTED = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job that a shell put in the background would ignore it
 from octavo.lab import checkpoint
 save = checkpoint.save
 
@@ -232,6 +233,7 @@ def test_ctrl_c_keeps_the_results_and_checkpoints_so_far(tmp_path: Path) -> None
         _, errors = process.communicate(timeout=300)
     finally:
         process.kill()
+        process.communicate()
     assert process.returncode == 130
     assert errors == f"octavo: stopped; results so far are in {tmp_path}\n"
     results = json.loads((tmp_path / "results.json").read_text())
