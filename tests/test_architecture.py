@@ -11,7 +11,7 @@ import octavo
 
 ROOT = Path(octavo.__file__).parent
 LAYERS = (
-    ("names",),
+    ("names", "files"),
     ("formats", "rounding", "scaling", "table", "recipes", "reference"),
     ("kernels",),
     ("casts", "qtensor", "cuts", "archive"),

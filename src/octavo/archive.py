@@ -6,7 +6,6 @@ metadata's `octavo.qtensors` says, as JSON, what each means.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import os
@@ -18,6 +17,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from octavo.files import write_whole
 from octavo.names import nearest
 from octavo.qtensor import FLOATS, Array, QTensor, dtype_name, library_name
 from octavo.table import spec_from, spell_spec
@@ -61,7 +61,7 @@ def save_qtensors(path: str | os.PathLike[str], tensors: Mapping[str, QTensor | 
             stored[part] = _to_numpy(part, array)
     text = json.dumps({"version": VERSION, "tensors": header})
     try:
-        _write_whole(path, safetensors.numpy.save(stored, metadata={_KEY: text}))
+        write_whole(path, safetensors.numpy.save(stored, metadata={_KEY: text}))
     except OSError as error:
         raise ValueError(f"{path}: cannot be written ({error.strerror}); choose a writable folder") from None
 
@@ -178,18 +178,3 @@ def _safetensors() -> Any:
         raise ImportError(
             "files of quantised tensors are written and read by safetensors, which is not installed; pip install 'octavo[torch]'"
         ) from None
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write `content` to `path` in one step: a crash at any moment leaves the old file or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise

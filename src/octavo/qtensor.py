@@ -13,8 +13,8 @@ import numpy as np
 
 from octavo.cuts import choose, held_columns, matrix_shape, take
 from octavo.reference import SIGNS, Codes, block_shape
-from octavo.rounding import Rounding
-from octavo.scaling import Block, Delayed, TwoLevel
+from octavo.rounding import checked_draws
+from octavo.scaling import Delayed, TwoLevel, scales_in_codes
 from octavo.table import TensorSpec, Transform
 
 __all__ = ["FLOATS", "QTensor", "check", "dtype_name", "library_name", "pack", "unpack"]
@@ -262,8 +262,7 @@ def check(q: QTensor) -> None:
     grid = (-(-rows // across), -(-columns // along))
     _check_array("codes", q.codes, "uint8", (rows, -(-columns // 2) if spec.format.bits <= 4 else columns))
     two_level = isinstance(spec.scaling, TwoLevel)
-    in_codes = two_level or (isinstance(spec.scaling, Block) and spec.scaling.scale.is_e8m0)
-    _check_array("scales", q.scales, "uint8" if in_codes else "float32", grid)
+    _check_array("scales", q.scales, "uint8" if scales_in_codes(spec.scaling) else "float32", grid)
     if two_level != (q.amax is not None):
         raise ValueError(
             f"a quantised tensor holds an amax where scales are two-level, and only there; got {q.amax} under {spec}"
@@ -295,11 +294,7 @@ def _check_array(name: str, x: Array, dtype: str, shape: tuple[int, ...]) -> Non
 
 def _check_modes(spec: TensorSpec, seed: int | None, offset: int, scale: float, size: int) -> None:
     """Raise ValueError for what no backend should have to look at; size: of the matrix, as a transform filled it up."""
-    if seed is None and spec.rounding is Rounding.STOCHASTIC:
-        raise ValueError("stochastic rounding draws from a seed, and none was given; pass seed=0, say")
-    for name, value, end in (("seed", seed or 0, 1 << 64), ("offset", offset, (1 << 63) - size)):
-        if not isinstance(value, (int, np.integer)) or not 0 <= value < end:
-            raise ValueError(f"{name} is an integer from 0 to {end - 1}; got {value!r}")
+    checked_draws(spec.rounding, seed, offset, size)
     with np.errstate(over="ignore", under="ignore"):
         used = float(np.float32(scale))
     if not 0 < used < math.inf:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from octavo.formats import E4M3FN, E8M0FNU, Format
-from octavo.rounding import Overflow, Rounding, random_bits
+from octavo.rounding import Overflow, Rounding, random_bits, require_seed
 from octavo.scaling import (
     Block,
     Current,
@@ -96,8 +96,8 @@ def encode(
         case Rounding.NEAREST_AWAY:
             up = fraction >= 0.5
         case Rounding.STOCHASTIC:
-            if seed is None:
-                raise ValueError("stochastic rounding draws from a seed, and none was given; pass seed=0, say")
+            require_seed(rounding, seed)
+            assert seed is not None
             draws = random_bits(seed, offset, value.size).reshape(value.shape)
             up = np.floor(np.ldexp(fraction, 32)) + draws >= 2.0**32
 

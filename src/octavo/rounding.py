@@ -11,7 +11,7 @@ import enum
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Overflow", "Rounding", "philox", "random_bits"]
+__all__ = ["Overflow", "Rounding", "checked_counter", "checked_draws", "philox", "random_bits", "require_seed"]
 
 
 class Rounding(enum.Enum):
@@ -39,6 +39,25 @@ class Overflow(enum.Enum):
     """Finite overflow becomes the largest finite value; Inf stays Inf, or NaN where there is no Inf (arXiv 2209.05433)."""
     NONE = "none"
     """Finite overflow and Inf become Inf, or NaN where there is no Inf (OFP8 non-saturating mode, ml_dtypes)."""
+
+
+def require_seed(rounding: Rounding, seed: object) -> None:
+    """Raise ValueError for stochastic rounding without a seed."""
+    if rounding is Rounding.STOCHASTIC and seed is None:
+        raise ValueError("stochastic rounding draws from a seed, and none was given; pass seed=0, say")
+
+
+def checked_counter(name: str, value: object, end: int) -> int:
+    """`value` as an int.  Raises ValueError, by its name, for what is no integer from 0 to `end - 1`."""
+    if not isinstance(value, (int, np.integer)) or not 0 <= value < end:
+        raise ValueError(f"{name} is an integer from 0 to {end - 1}; got {value!r}")
+    return int(value)
+
+
+def checked_draws(rounding: Rounding, seed: int | None, offset: int, size: int) -> tuple[int, int]:
+    """The seed (0 where none is needed) and offset of `size` elements.  Raises ValueError for a seed that is missing, and out of range."""
+    require_seed(rounding, seed)
+    return checked_counter("seed", seed or 0, 1 << 64), checked_counter("offset", offset, (1 << 63) - size)
 
 
 _MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)

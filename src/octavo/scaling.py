@@ -32,6 +32,7 @@ __all__ = [
     "e8m0_codes",
     "roll_history",
     "same_along_both_axes",
+    "scales_in_codes",
     "two_level_encode_factor",
     "two_level_scale",
     "two_level_target",
@@ -207,6 +208,11 @@ def same_along_both_axes(scaling: Scaling) -> bool:
             return False
         case Block(shape=(across, along)) | TwoLevel(shape=(across, along)):
             return across == along
+
+
+def scales_in_codes(scaling: Scaling) -> bool:
+    """Whether a cast holds its scales as uint8 codes, of E8M0 or, two-level, E4M3; else they are float32."""
+    return isinstance(scaling, TwoLevel) or (isinstance(scaling, Block) and scaling.scale.is_e8m0)
 
 
 def _namespace(x: Array) -> Any:

@@ -12,7 +12,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from octavo.lab.checkpoint import VERSION, CheckpointError, load, save, write_whole
+from octavo.files import write_whole
+from octavo.lab.checkpoint import VERSION, CheckpointError, load, save
 
 HEADER = {"epoch": 3, "step": 40, "arm": "torch-fp8", "nested": {"lr": 0.1, "names": ["a", "b"]}}
 

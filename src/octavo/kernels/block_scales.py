@@ -37,7 +37,7 @@ __all__ = [
 
 
 class Rule(enum.IntEnum):
-    """How a block's amax becomes its scale: the members of `BlockScale`, and two more."""
+    """How a block's amax becomes its scale: the members of `BlockScale`, by name, and one more."""
 
     FLOAT32 = 0
     POWER_OF_TWO = 1
@@ -48,7 +48,7 @@ class Rule(enum.IntEnum):
     TWO_LEVEL = 6
 
 
-R_FLOAT32, R_POWER_OF_TWO, R_RCEIL, R_FLOOR, R_CEIL, R_EVEN, R_TWO_LEVEL = range(7)
+R_FLOAT32, R_POWER_OF_TWO, R_RCEIL, R_FLOOR, R_CEIL, R_EVEN, R_TWO_LEVEL = (int(rule) for rule in Rule)
 FLT_MAX = F32(3.4028234663852886e38)
 
 

@@ -29,22 +29,19 @@ from octavo.kernels.loops import (
     F32,
     FLOAT32,
     I32,
-    INF,
-    MAGNITUDE,
     NEAREST_AWAY,
     NEAREST_EVEN,
     SIGN,
     STOCHASTIC,
     TOWARD_ZERO,
-    U16,
-    U32,
     U64,
+    _any,
     _at,
     _atomic_add,
     _atomic_max,
     _bits,
     _fill_random,
-    _finish,
+    _half_bits,
     _load,
     _nearest,
     _prefetch,
@@ -60,7 +57,7 @@ __all__ = ["BlockSlot", "cast_blocks"]
 
 
 class BlockSlot(enum.IntEnum):
-    """Where each argument lies, 8 bytes each; those from FLOAT on are float64."""
+    """Where each argument lies, 8 bytes each; those from TOP on are float64."""
 
     SOURCE = 0
     TARGET = 1
@@ -90,7 +87,6 @@ class BlockSlot(enum.IntEnum):
     NAN_CODE = 22
     SIGN_MASK = 23
     NEGATIVE_ZERO = 24
-    FLOAT = 25
     TOP = 25
     OVERFLOW = 26
     INF_BECOMES = 27
@@ -105,10 +101,12 @@ class BlockSlot(enum.IntEnum):
     END = 34
 
 
-SOURCE, TARGET, SCALES, ROWS, COLUMNS, HIGH, WIDE, TILE, SOURCE_KIND, TARGET_KIND, NEXT, AMAX = range(12)
-RULE, SKIP_NAN, DECODED, ROUNDING, SEED, OFFSET, MANTISSA_BITS, BIAS, MAX_EXPONENT = range(12, 21)
-INF_CODE, NAN_CODE, SIGN_MASK, NEGATIVE_ZERO = range(21, 25)
-TOP, OVERFLOW, INF_BECOMES, MAXIMUM, EPSILON, ZERO_LIMIT, WHOLE, WHOLE_BACK, WHOLE_RECIPROCAL, END = range(25, 35)
+# Numba takes module-level integers as constants, but not the members of an enum.
+SOURCE, TARGET, SCALES, ROWS, COLUMNS, HIGH, WIDE, TILE = (int(slot) for slot in list(BlockSlot)[:8])
+SOURCE_KIND, TARGET_KIND, NEXT, AMAX, RULE, SKIP_NAN, DECODED, ROUNDING = (int(slot) for slot in list(BlockSlot)[8:16])
+SEED, OFFSET, MANTISSA_BITS, BIAS, MAX_EXPONENT, INF_CODE, NAN_CODE = (int(slot) for slot in list(BlockSlot)[16:23])
+SIGN_MASK, NEGATIVE_ZERO, TOP, OVERFLOW, INF_BECOMES, MAXIMUM = (int(slot) for slot in list(BlockSlot)[23:29])
+EPSILON, ZERO_LIMIT, WHOLE, WHOLE_BACK, WHOLE_RECIPROCAL, END = (int(slot) for slot in list(BlockSlot)[29:])
 PIECE, GROUP = 256, 8
 """Elements rounded at a time while the memory of the next tile is asked for, and tiles that a thread takes at a time."""
 
@@ -127,8 +125,7 @@ def _round_nearest_to_bfloat16(x_f, factor, back, out, shift, e_min, limit, top,
     _wide_vectors()
     for j in range(x_f.size):
         value = _real(_nearest(x_f[j], factor[j], shift, e_min, limit, top, over, inf, zero_sign)) * back[j]
-        u = U32(_bits(value))
-        out[j] = U16((u + U32(0x7FFF) + ((u >> U32(16)) & U32(1))) >> U32(16))
+        out[j] = _half_bits(_bits(value))
 
 
 @compiled
@@ -152,29 +149,17 @@ def _round_blocks_to_bfloat16(x_f, factor, back, out, wide, decoded, shift, e_mi
         f, g = factor[b], back[b] if decoded else F32(1)
         for k in range(b * sixteenths, b * sixteenths + sixteenths):
             for j in range(k * U64(16), k * U64(16) + U64(16)):
-                u = U32(_bits(_real(_nearest(x_f[j], f, shift, e_min, limit, top, over, inf, zero_sign)) * g))
-                out[j] = U16((u + U32(0x7FFF) + ((u >> U32(16)) & U32(1))) >> U32(16))
+                value = _real(_nearest(x_f[j], f, shift, e_min, limit, top, over, inf, zero_sign)) * g
+                out[j] = _half_bits(_bits(value))
 
 
 @compiled
 def _round_any(x_f, factor, back, out, shift, e_min, limit, top, over, inf, zero_sign, half, draws, lane):
     """As `_any_to_float32` of loops.py, column by column."""
     _wide_vectors()
-    up_m = I32((23 << 23) - shift)
     for j in range(x_f.size):
-        u = _bits(x_f[j] * factor[j])
-        a = I32(u & MAGNITUDE)
-        c = I32(min(a, limit))
-        e = max(I32(c & INF), e_min)
-        in_ulps = _real(c) * _real(I32(254 << 23) - e + up_m)
-        whole = np.floor(in_ulps)
-        fraction = in_ulps - whole
-        if half > F32(0):
-            whole += F32(1) if fraction >= half else F32(0)
-        else:
-            likelihood = U32(fraction * F32(4294967296.0))
-            whole += F32(1) if U32(likelihood + draws[lane + j]) < likelihood else F32(0)
-        out[j] = _real(_finish(whole * _real(e - up_m), u, a, top, over, inf, zero_sign)) * back[j]
+        rounded = _any(x_f[j], factor[j], shift, e_min, limit, top, over, inf, zero_sign, half, draws, lane + j)
+        out[j] = _real(rounded) * back[j]
 
 
 @compiled
@@ -182,8 +167,7 @@ def _bfloat16_of(x_i, out):
     """float32 bits to bfloat16, to nearest even; every NaN here is the one that rounding made."""
     _wide_vectors()
     for j in range(out.size):
-        u = U32(x_i[j])
-        out[j] = U16((u + U32(0x7FFF) + ((u >> U32(16)) & U32(1))) >> U32(16))
+        out[j] = _half_bits(x_i[j])
 
 
 @kernel

@@ -13,9 +13,10 @@ from octavo.formats import Format
 from octavo.kernels import loops, threads, wide
 from octavo.kernels.loops import CHUNK, Kind, Slot
 from octavo.reference import overflow_codes, reject_nan
-from octavo.rounding import Overflow, Rounding
+from octavo.rounding import Overflow, Rounding, checked_draws
 
 __all__ = [
+    "MODES",
     "Buffer",
     "Caster",
     "Kind",
@@ -29,7 +30,8 @@ __all__ = [
 SERIAL = 2 * CHUNK
 """Below this many elements waking a second thread costs more than it saves."""
 
-_MODES = {mode: number for number, mode in enumerate(Rounding)}
+MODES = {mode: number for number, mode in enumerate(Rounding)}
+"""Rounding modes as the kernels know them."""
 
 
 class Buffer(NamedTuple):
@@ -47,7 +49,7 @@ class Caster:
 
     def __init__(self, format: Format, rounding: Rounding, overflow: Overflow) -> None:
         self.format = format
-        self._mode = _MODES[rounding]
+        self._mode = MODES[rounding]
         self._kernels = loops.cast32.ctypes, wide.cast64.ctypes
         self._slots = _LAYOUT.pack(*(0,) * Slot.MANTISSA_BITS, *_format_slots(format, overflow, rounding))
 
@@ -101,11 +103,8 @@ def cast(
     for a float64 source.  NaN propagates into amax, which is that of the unscaled source.
     Raises ValueError for NaN where the format has none (the target is then undefined), and for stochastic rounding without a seed.
     """
-    if rounding is Rounding.STOCHASTIC and seed is None:
-        raise ValueError("stochastic rounding draws from a seed, and none was given; pass seed=0, say")
-    seed = _counter("seed", seed or 0, 1 << 64)
-    offset = _counter("offset", offset, (1 << 63) - source.size)
-    return caster(format, rounding, overflow)(source, target, scale, divisor, seed, offset)
+    draws = checked_draws(rounding, seed, offset, source.size)
+    return caster(format, rounding, overflow)(source, target, scale, divisor, *draws)
 
 
 def amax(source: Buffer) -> float:
@@ -167,9 +166,3 @@ def _run(kernel: Any, arguments: Any, size: int, in_float64: bool) -> float:
     """Call a kernel on as many threads as its size is worth, and return the amax that it found."""
     threads.run(kernel, ctypes.addressof(arguments), worthwhile_threads(size, threads.count()))
     return float(struct.unpack_from("<d" if in_float64 else "<f", arguments, 8 * Slot.AMAX)[0])
-
-
-def _counter(name: str, value: int, end: int) -> int:
-    if not isinstance(value, (int, np.integer)) or not 0 <= value < end:
-        raise ValueError(f"{name} is an integer from 0 to {end - 1}; got {value!r}")
-    return int(value)

@@ -16,7 +16,7 @@ from octavo.formats import E4M3FN, E5M2, Format
 from octavo.kernels import cuda_kernels, cuda_wide
 from octavo.kernels.cuda_bits import HARDWARE, Kind, constants, mode_of
 from octavo.reference import reject_nan
-from octavo.rounding import Overflow, Rounding
+from octavo.rounding import Overflow, Rounding, checked_draws
 
 __all__ = ["amax", "decode", "encode", "encode_transposed", "quantize", "random_bits"]
 
@@ -78,13 +78,9 @@ def scale_tensor(scale: float | Tensor, x: Tensor) -> Tensor:
 
 def seed_words(rounding: Rounding, seed: int | None, offset: int, size: int) -> dict[str, int]:
     """The kernels' arguments for stochastic rounding: the seed's two words as int32, and the offset."""
-    if rounding is Rounding.STOCHASTIC and seed is None:
-        raise ValueError("stochastic rounding draws from a seed, and none was given; pass seed=0, say")
-    for name, value, end in (("seed", seed or 0, 1 << 64), ("offset", offset, (1 << 63) - size)):
-        if not isinstance(value, (int, np.integer)) or not 0 <= value < end:
-            raise ValueError(f"{name} is an integer from 0 to {end - 1}; got {value!r}")
-    low, high = (int(seed or 0) >> shift & 0xFFFFFFFF for shift in (0, 32))
-    return {"seed_low": _signed(low), "seed_high": _signed(high), "offset": int(offset)}
+    seed, offset = checked_draws(rounding, seed, offset, size)
+    low, high = (seed >> shift & 0xFFFFFFFF for shift in (0, 32))
+    return {"seed_low": _signed(low), "seed_high": _signed(high), "offset": offset}
 
 
 def _signed(word: int) -> int:

@@ -131,6 +131,32 @@ def _nearest(x, scale, shift, e_min, limit, top, over, inf, zero_sign):
 
 
 @compiled
+def _any(x, scale, shift, e_min, limit, top, over, inf, zero_sign, half, draws, place):
+    """As `_nearest`, but up where fraction >= half, or, where half is 0, where fraction * 2**32 + draws[place] carries."""
+    up_m = I32((23 << 23) - shift)
+    u = _bits(x * scale)
+    a = I32(u & MAGNITUDE)
+    c = I32(min(a, limit))
+    e = max(I32(c & INF), e_min)
+    in_ulps = _real(c) * _real(I32(254 << 23) - e + up_m)
+    whole = np.floor(in_ulps)
+    fraction = in_ulps - whole
+    if half > F32(0):
+        whole += F32(1) if fraction >= half else F32(0)
+    else:
+        likelihood = U32(fraction * F32(4294967296.0))
+        whole += F32(1) if U32(likelihood + draws[place]) < likelihood else F32(0)
+    return _finish(whole * _real(e - up_m), u, a, top, over, inf, zero_sign)
+
+
+@compiled
+def _half_bits(bits):
+    """float32 bits to bfloat16 bits, to nearest even; a NaN must have its payload in the upper half."""
+    u = U32(bits)
+    return U16((u + U32(0x7FFF) + ((u >> U32(16)) & U32(1))) >> U32(16))
+
+
+@compiled
 def _nearest_to_float32(x_f, x_i, out, scale, divisor, shift, e_min, limit, top, over, inf, zero_sign):
     """out = nearest-even(x * scale) / divisor; returns the bits of amax(|x|), which order as the values do, NaN on top."""
     _wide_vectors()
@@ -154,26 +180,13 @@ def _nearest_to_bfloat16(x_f, x_i, out, scale, shift, e_min, limit, top, over, i
 
 @compiled
 def _any_to_float32(x_f, x_i, out, scale, divisor, shift, e_min, limit, top, over, inf, zero_sign, half, draws, lane):
-    """As `_nearest_to_float32`, but up where fraction >= half, or, where half is 0, where fraction * 2**32 + draw carries."""
+    """As `_nearest_to_float32`, in another mode."""
     _wide_vectors()
     peak = I32(0)
-    up_m = I32((23 << 23) - shift)
     for i in range(x_f.size):
         peak = max(peak, I32(x_i[i] & MAGNITUDE))
-        u = _bits(x_f[i] * scale)
-        a = I32(u & MAGNITUDE)
-        c = I32(min(a, limit))
-        e = max(I32(c & INF), e_min)
-        in_ulps = _real(c) * _real(I32(254 << 23) - e + up_m)
-        whole = np.floor(in_ulps)
-        fraction = in_ulps - whole
-        if half > F32(0):
-            whole += F32(1) if fraction >= half else F32(0)
-        else:
-            likelihood = U32(fraction * F32(4294967296.0))
-            whole += F32(1) if U32(likelihood + draws[lane + i]) < likelihood else F32(0)
-        rounded = whole * _real(e - up_m)
-        out[i] = _real(_finish(rounded, u, a, top, over, inf, zero_sign)) / divisor
+        rounded = _any(x_f[i], scale, shift, e_min, limit, top, over, inf, zero_sign, half, draws, lane + i)
+        out[i] = _real(rounded) / divisor
     return peak
 
 
@@ -215,9 +228,7 @@ def _store_bfloat16(x_i, out):
     """float32 bits to bfloat16 bits (uint16), to nearest even, NaN kept."""
     _wide_vectors()
     for i in range(out.size):
-        u = U32(x_i[i])
-        rounded = (u + U32(0x7FFF) + ((u >> U32(16)) & U32(1))) >> U32(16)
-        out[i] = U16(0x7FC0) if I32(x_i[i] & MAGNITUDE) > INF else U16(rounded)
+        out[i] = U16(0x7FC0) if I32(x_i[i] & MAGNITUDE) > INF else _half_bits(x_i[i])
 
 
 @compiled

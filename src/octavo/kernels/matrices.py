@@ -16,17 +16,18 @@ from octavo.kernels.arrays import library_of
 from octavo.kernels.block_scales import Rule
 from octavo.kernels.blocks import BlockSlot
 from octavo.kernels.cpu import Buffer, Kind
+from octavo.kernels.scales import current_scale
 from octavo.kernels.turn import turn
 from octavo.reference import Codes, block_shape, overflow_codes, reject_nan
-from octavo.rounding import Rounding
+from octavo.rounding import Rounding, require_seed
 from octavo.scaling import (
     Block,
-    BlockScale,
     Current,
     Delayed,
     Row,
     TwoLevel,
     Unscaled,
+    scales_in_codes,
     two_level_scale,
     zero_code_limit,
 )
@@ -35,27 +36,18 @@ from octavo.table import TensorSpec, Transform
 __all__ = ["cast_blocks", "decode_matrix", "encode_matrix", "hadamard", "quantize_matrix"]
 
 _TILE, _TALL_TILE, _NARROWEST = 4096, 131072, 256
-_LAYOUT = struct.Struct(f"<{BlockSlot.FLOAT}q{BlockSlot.END - BlockSlot.FLOAT}d")
+_LAYOUT = struct.Struct(f"<{BlockSlot.TOP}q{BlockSlot.END - BlockSlot.TOP}d")
 _HEAD = struct.Struct("<12q")
 _SEED = struct.Struct("<Qq")
 _WHOLE = struct.Struct("<3d")
 _Arguments: Any = ctypes.c_char * _LAYOUT.size
-_MODES = {mode: number for number, mode in enumerate(Rounding)}
-_RULES = {
-    BlockScale.FLOAT32: Rule.FLOAT32,
-    BlockScale.POWER_OF_TWO: Rule.POWER_OF_TWO,
-    BlockScale.RCEIL: Rule.RCEIL,
-    BlockScale.FLOOR: Rule.FLOOR,
-    BlockScale.CEIL: Rule.CEIL,
-    BlockScale.EVEN: Rule.EVEN,
-}
 
 
 def _rule(spec: TensorSpec) -> tuple[Rule, float, bool]:
     """(rule, epsilon, skip_nan) of a scaling in blocks or rows."""
     match spec.scaling:
         case Block(scale=scale, epsilon=epsilon, skip_nan=skip_nan):
-            return _RULES[scale], epsilon, skip_nan
+            return Rule[scale.name], epsilon, skip_nan
         case Row(power_of_two=power_of_two, epsilon=epsilon):
             return Rule.POWER_OF_TWO if power_of_two else Rule.FLOAT32, epsilon, False
         case TwoLevel():
@@ -76,7 +68,7 @@ def _constants(spec: TensorSpec) -> bytes:
         rule,
         skip_nan,
         0,
-        _MODES[spec.rounding],
+        cpu.MODES[spec.rounding],
         0,
         0,
         format.mantissa_bits,
@@ -119,8 +111,7 @@ def cast_blocks(
     rows, columns = shape
     across, along = block_shape(spec, *(shape[::-1] if upright else shape))
     high, wide = (along, across) if upright else (across, along)
-    if spec.rounding is Rounding.STOCHASTIC and seed is None:
-        raise ValueError("stochastic rounding draws from a seed, and none was given; pass seed=0, say")
+    require_seed(spec.rounding, seed)
     arguments = _Arguments.from_buffer_copy(_constants(spec))
     if isinstance(spec.scaling, TwoLevel):
         total = cpu.amax(source)
@@ -218,8 +209,7 @@ def _encode(
     if _one_scale(spec):
         scales, amax = _one(source, target, spec, grid, scale, seed, offset)
     else:
-        e8m0 = isinstance(spec.scaling, TwoLevel) or (isinstance(spec.scaling, Block) and spec.scaling.scale.is_e8m0)
-        scales = np.empty(grid, np.uint8 if e8m0 else np.float32)
+        scales = np.empty(grid, np.uint8 if scales_in_codes(spec.scaling) else np.float32)
         amax = 0.0
         if source.size:
             decoded = 2 if values else 0
@@ -234,8 +224,6 @@ def _one(
     source: Buffer, target: Buffer, spec: TensorSpec, grid: tuple[int, int], scale: float, seed: int | None, offset: int
 ) -> tuple[Any, float]:
     """The cast of a tensor with one scale: what decoding multiplies with, [1, 1] or of the empty grid, and the amax."""
-    from octavo.kernels.scales import current_scale
-
     if isinstance(spec.scaling, Current):
         scale = current_scale(cpu.amax(source), spec.format.max, spec.scaling.epsilon, spec.scaling.power_of_two)
     elif isinstance(spec.scaling, Unscaled):

@@ -34,13 +34,18 @@ def current_scale(amax: float, maximum: float, epsilon: float, power_of_two: boo
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def gather_amax(history: int, amaxes: Any) -> None:
-    """Raise row 0 of the history at that address, float32 [steps, tensors], to `amaxes`, one a tensor, where they are larger or NaN."""
-    row = carray(_at(history), (len(amaxes),), np.float32)
-    for t in range(len(amaxes)):
+def _raise(row: Any, amaxes: Any) -> None:
+    """Raise each of row to its amax where that is larger or NaN."""
+    for t in range(len(row)):
         amax = np.float32(amaxes[t])
         if amax > row[t] or np.isnan(amax):
             row[t] = amax
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def gather_amax(history: int, amaxes: Any) -> None:
+    """Raise row 0 of the history at that address, float32 [steps, tensors], to `amaxes`, one a tensor, where they are larger or NaN."""
+    _raise(carray(_at(history), (len(amaxes),), np.float32), amaxes)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -115,10 +120,7 @@ def _roll_history(arguments: Any) -> None:
     p, floats = carray(_at(arguments), (7,), np.int64), carray(_at(arguments + 56), (4,), np.float64)
     tensors = (p[2],)
     rows = carray(_at(p[0]), (p[1], p[2]), np.float32)
-    for t in range(p[2]):
-        amax = np.float32(floats[1 + t])
-        if amax > rows[0, t] or np.isnan(amax):
-            rows[0, t] = amax
+    _raise(rows[0], floats[1:])
     before, scale = carray(_at(p[3]), tensors, np.float32), carray(_at(p[4]), tensors, np.float32)
     roll_history(rows, before, scale, carray(_at(p[5]), tensors, np.float32), floats[0], p[6] != 0)
 

@@ -21,11 +21,11 @@ from octavo.kernels.loops import (
     I32,
     INF,
     NAN,
-    U16,
     U32,
     _at,
     _atomic_add,
     _bits,
+    _half_bits,
     _real,
     _real64,
     _wide_vectors,
@@ -60,8 +60,9 @@ class Slot(enum.IntEnum):
     END = 16
 
 
-CODES, TARGET, TARGET_KIND, ROWS, COLUMNS, HIGH, WIDE, TILE, BACK, NEXT = range(10)
-MAGNITUDE, SIGN_MASK, INF_CODE, NAN_CODE, UP, LIFT, END = range(10, 17)
+# Numba takes module-level integers as constants, but not the members of an enum.
+CODES, TARGET, TARGET_KIND, ROWS, COLUMNS, HIGH, WIDE, TILE, BACK = (int(slot) for slot in list(Slot)[:9])
+NEXT, MAGNITUDE, SIGN_MASK, INF_CODE, NAN_CODE, UP, LIFT, END = (int(slot) for slot in list(Slot)[9:])
 
 
 @compiled
@@ -81,7 +82,7 @@ def _to_bfloat16(codes, back, out, magnitude, sign, inf_code, nan_code, up, lift
     _wide_vectors()
     for j in range(codes.size):
         u = _value(codes[j], back[j], magnitude, sign, inf_code, nan_code, up, lift)
-        out[j] = U16((u + U32(0x7FFF) + ((u >> U32(16)) & U32(1))) >> U32(16))
+        out[j] = _half_bits(u)
 
 
 @compiled

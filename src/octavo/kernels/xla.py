@@ -33,7 +33,7 @@ from octavo.kernels.xla_floats import (
     wide_product,
 )
 from octavo.reference import overflow_codes, reject_nan
-from octavo.rounding import Overflow, Rounding
+from octavo.rounding import Overflow, Rounding, checked_counter, require_seed
 
 __all__ = [
     "amax",
@@ -178,15 +178,13 @@ def _words(name: str, value: Any, end: int) -> Any:
         if value.shape != (2,) or value.dtype != jnp.uint32:
             raise ValueError(f"{name} as an array is uint32 [2], low word first; got {value.dtype} {value.shape}")
         return value
-    if not isinstance(value, (int, np.integer)) or not 0 <= value < end:
-        raise ValueError(f"{name} is an integer from 0 to {end - 1}; got {value!r}")
-    return np.array([int(value) & 0xFFFFFFFF, int(value) >> 32], np.uint32)
+    whole = checked_counter(name, value, end)
+    return np.array([whole & 0xFFFFFFFF, whole >> 32], np.uint32)
 
 
 def counters(rounding: Rounding, seed: Any, offset: Any, size: int) -> tuple[Any, Any]:
     """The words of seed and offset."""
-    if rounding is Rounding.STOCHASTIC and seed is None:
-        raise ValueError("stochastic rounding draws from a seed, and none was given; pass seed=0, say")
+    require_seed(rounding, seed)
     return _words("seed", 0 if seed is None else seed, 1 << 64), _words("offset", offset, (1 << 63) - size)
 
 

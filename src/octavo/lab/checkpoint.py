@@ -5,7 +5,6 @@ The file's metadata holds one key, `octavo`, whose JSON is `{"format": "octavo",
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -16,7 +15,9 @@ import safetensors
 import safetensors.torch
 import torch
 
-__all__ = ["VERSION", "CheckpointError", "load", "save", "write_whole"]
+from octavo.files import write_whole
+
+__all__ = ["VERSION", "CheckpointError", "load", "save"]
 
 VERSION = 1
 _KEY = "octavo"
@@ -96,34 +97,3 @@ def _header(path: Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:
     if not isinstance(header, dict):
         raise foreign
     return header
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes `content` to `path` in one step: a crash at any moment leaves the old file or the new one, never a part.
-
-    Raises:
-        OSError: the folder is missing or cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename in `folder` survive a power cut, where the system lets a folder be opened."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

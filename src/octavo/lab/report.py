@@ -25,7 +25,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from octavo.lab.checkpoint import write_whole
+from octavo.files import write_whole
 from octavo.lab.compare import Comparison
 
 __all__ = ["HEADINGS", "curves", "environment", "rows", "to_json", "write", "write_results"]

@@ -104,14 +104,12 @@ class Linear(nn.Linear, ScaledLayer):
             cast_alone = operand is not None and operand.numel() == self.weight.numel()
             self._kept_weight = _keep(operand, facts) if cast_alone else (None, None)
         if record and not repeating:
-            if compiling:
-                self.gather_forward(facts[2:])
-                if frame is None:
-                    self.update_forward_in_place()
-            elif frame is None:
+            if frame is None and not compiling:
                 self.step_alone(facts[2:])
             else:
                 self.gather_forward(facts[2:])
+                if frame is None:
+                    self.update_forward_in_place()
         return output if input.dim() == 2 else output.reshape(*input.shape[:-1], self.out_features)
 
     @property

@@ -18,7 +18,7 @@ from octavo.kernels.scales import current_scale
 from octavo.kernels.unpack import unpack
 from octavo.reference import block_shape
 from octavo.rounding import Overflow, Rounding
-from octavo.scaling import Block, BlockScale, Current, Delayed, Row, TwoLevel, Unscaled
+from octavo.scaling import Block, BlockScale, Current, Delayed, Row, TwoLevel, Unscaled, scales_in_codes
 from octavo.table import TensorSpec, Transform
 from octavo.torch.gemm import dense, inverse, operand_dtype
 
@@ -101,10 +101,9 @@ class Cast:
         if self.spec.format.bits > 8:
             return Operand(_rounded(dense(x), self.spec.format), not self.upright)
         x, upright = self._laid(x)
-        if not self.whole:
-            values = torch.empty(x.shape, dtype=operand_dtype())
-            return self._in_blocks(x, upright, seed, values, None)[0]
         values = torch.empty(x.shape, dtype=operand_dtype())
+        if not self.whole:
+            return self._in_blocks(x, upright, seed, values, None)[0]
         assert self.caster is not None
         scale = self._scale(x, delayed)
         amax = self.caster(_buffer(x), _buffer(values), scale, 1.0, seed, self.number << 56)
@@ -168,9 +167,8 @@ class Cast:
         across, along = block_shape(self.spec, *((columns, rows) if upright else (rows, columns)))
         high, wide = (along, across) if upright else (across, along)
         grid = -(-rows // high), -(-columns // wide)
-        two_level = isinstance(self.spec.scaling, TwoLevel)
-        e8m0 = isinstance(self.spec.scaling, Block) and self.spec.scaling.scale.is_e8m0
-        scales = np.empty(grid, np.uint8 if two_level or e8m0 else np.float32)
+        two_level, coded = isinstance(self.spec.scaling, TwoLevel), scales_in_codes(self.spec.scaling)
+        scales = np.empty(grid, np.uint8 if coded else np.float32)
         amax = 0.0
         if x.numel():
             amax = matrices.cast_blocks(
@@ -201,7 +199,7 @@ class Cast:
             return operand, None
         if not self.folded:
             return operand, Packed(target, np.ones((1, 1), np.float32), (max(rows, 1), max(columns, 1)), operand)
-        back = E4M3FN.values[scales] if two_level else E8M0FNU.values[scales] if e8m0 else scales
+        back = E4M3FN.values[scales] if two_level else E8M0FNU.values[scales] if coded else scales
         return operand, Packed(target, np.ascontiguousarray(back), (high, wide), operand)
 
 

@@ -151,8 +151,8 @@ class ScaledLayer(nn.Module):
             self.amax_history_forward[:1].zero_()
             self.progress.gathered = False
 
-    def update_forward(self) -> None:
-        """Roll the forward history and move the forward scales, as `octavo.scaling.roll_history` defines."""
+    def update_forward(self, amaxes: tuple[float, ...] = ()) -> None:
+        """Roll the forward history and move the forward scales, as `octavo.scaling.roll_history` defines; amaxes: yet to be gathered."""
         progress = self.progress
         if not progress.gathered or progress.recipe is None or progress.recipe.delayed is None:
             return
@@ -162,7 +162,7 @@ class ScaledLayer(nn.Module):
         buffers["scale_forward"], buffers["scale_forward_before"] = after, before
         progress.updates += 1
         progress.gathered = False
-        _roll(buffers["amax_history_forward"], before, after, progress.recipe, False)
+        _roll(buffers["amax_history_forward"], before, after, progress.recipe, False, amaxes)
 
     def update_backward(self) -> None:
         """Roll the backward history and move the backward scales, in the same way, unless every new amax is zero."""
@@ -174,37 +174,16 @@ class ScaledLayer(nn.Module):
             _roll(history, scale, scale, recipe, True)
 
     def step_alone(self, amaxes: Tensor | tuple[float, ...]) -> None:
-        """`gather_forward` and `update_forward` of one call that is a block of its own."""
-        progress, buffers = self.progress, self._buffers
-        assert progress.recipe is not None
-        rule, history = _rule(progress.recipe, False), buffers["amax_history_forward"]
-        before, after = buffers["scale_forward"], buffers["scale_forward_before"]
-        if isinstance(amaxes, Tensor) or not rule.compiled or context.has_ranks():
+        """`gather_forward` and `update_forward` of one eager call that is a block of its own, where possible as one."""
+        if isinstance(amaxes, Tensor) or context.has_ranks():
             self.gather_forward(amaxes)
-            self.update_forward_in_place()
-            return
-        assert history is not None
-        assert before is not None
-        assert after is not None
-        buffers["scale_forward"], buffers["scale_forward_before"] = after, before
-        progress.updates += 1
-        scales.roll_history_at(
-            history.data_ptr(),
-            history.shape[0],
-            len(FORWARD),
-            before.data_ptr(),
-            after.data_ptr(),
-            rule.address,
-            rule.margin,
-            rule.most_recent,
-            amaxes,
-        )
-
-    def update_forward_in_place(self) -> None:
-        """`update_forward` for one call that is a block of its own, traceable by torch.compile."""
-        if not torch.compiler.is_compiling():
             context.update_alone(self)
             return
+        self.progress.gathered = True
+        self.update_forward(amaxes)
+
+    def update_forward_in_place(self) -> None:
+        """`update_forward` for one call that is a block of its own, as torch.compile can trace it."""
         scaling = self._delayed()
         assert scaling is not None
         assert self.progress.recipe is not None
@@ -241,8 +220,15 @@ class ScaledLayer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
 
 
-def _roll(history: Tensor | None, before: Tensor | None, scale: Tensor | None, recipe: Recipe, backward: bool) -> None:
-    """history and scale, in place, from history and the scales before."""
+def _roll(
+    history: Tensor | None,
+    before: Tensor | None,
+    scale: Tensor | None,
+    recipe: Recipe,
+    backward: bool,
+    amaxes: tuple[float, ...] = (),
+) -> None:
+    """history and scale, in place, from history and the scales before, once amaxes are gathered."""
     assert history is not None
     assert before is not None
     assert scale is not None
@@ -257,8 +243,11 @@ def _roll(history: Tensor | None, before: Tensor | None, scale: Tensor | None, r
             rule.address,
             rule.margin,
             rule.most_recent,
+            *((amaxes,) if amaxes else ()),
         )
         return
+    if amaxes:
+        gather(history, amaxes if history.device.type == "cpu" else torch.tensor(amaxes, device=history.device))
     with torch.no_grad():
         maxima = torch.from_numpy(rule.maxima).to(history.device)
         rolled, moved = roll_history(history, before, maxima, rule.scaling)
