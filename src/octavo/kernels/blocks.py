@@ -158,7 +158,7 @@ def _round_any(x_f, factor, back, out, shift, e_min, limit, top, over, inf, zero
     """As `_any_to_float32` of loops.py, column by column."""
     _wide_vectors()
     for j in range(x_f.size):
-        rounded = _any(x_f[j], factor[j], shift, e_min, limit, top, over, inf, zero_sign, half, draws, lane + j)
+        rounded = _any(x_f[j], factor[j], shift, e_min, limit, top, over, inf, zero_sign, half, draws[lane + j])
         out[j] = _real(rounded) * back[j]
 
 

@@ -81,6 +81,8 @@ MAGNITUDE, SIGN, INF, NAN = I32(0x7FFFFFFF), I32(-0x80000000), I32(0x7F800000), 
 LOW, WORD = U64(0xFFFFFFFF), U64(32)
 
 compiled: Any = njit(cache=True, nogil=True, error_model="numpy", boundscheck=False)
+inlined: Any = njit(inline="always")
+"""For a body with a branch that the loop around it has to be split at: LLVM inlines too late for that, and then has no vectors."""
 kernel: Any = cfunc(types.void(types.int64), cache=True, error_model="numpy")
 
 
@@ -130,9 +132,9 @@ def _nearest(x, scale, shift, e_min, limit, top, over, inf, zero_sign):
     return _finish((_real(c) + magic) - magic, u, a, top, over, inf, zero_sign)
 
 
-@compiled
-def _any(x, scale, shift, e_min, limit, top, over, inf, zero_sign, half, draws, place):
-    """As `_nearest`, but up where fraction >= half, or, where half is 0, where fraction * 2**32 + draws[place] carries."""
+@inlined
+def _any(x, scale, shift, e_min, limit, top, over, inf, zero_sign, half, draw):
+    """As `_nearest`, but up where fraction >= half, or, where half is 0, where fraction * 2**32 + draw carries."""
     up_m = I32((23 << 23) - shift)
     u = _bits(x * scale)
     a = I32(u & MAGNITUDE)
@@ -145,7 +147,7 @@ def _any(x, scale, shift, e_min, limit, top, over, inf, zero_sign, half, draws, 
         whole += F32(1) if fraction >= half else F32(0)
     else:
         likelihood = U32(fraction * F32(4294967296.0))
-        whole += F32(1) if U32(likelihood + draws[place]) < likelihood else F32(0)
+        whole += F32(1) if U32(likelihood + draw) < likelihood else F32(0)
     return _finish(whole * _real(e - up_m), u, a, top, over, inf, zero_sign)
 
 
@@ -185,7 +187,7 @@ def _any_to_float32(x_f, x_i, out, scale, divisor, shift, e_min, limit, top, ove
     peak = I32(0)
     for i in range(x_f.size):
         peak = max(peak, I32(x_i[i] & MAGNITUDE))
-        rounded = _any(x_f[i], scale, shift, e_min, limit, top, over, inf, zero_sign, half, draws, lane + i)
+        rounded = _any(x_f[i], scale, shift, e_min, limit, top, over, inf, zero_sign, half, draws[lane + i])
         out[i] = _real(rounded) / divisor
     return peak
 
