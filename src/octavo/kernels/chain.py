@@ -7,18 +7,16 @@ distance from the start so that the memory can be copied for each call.
 from __future__ import annotations
 
 import enum
-from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import carray, types
-from numba.extending import intrinsic
+from numba import carray
 
-from octavo.kernels.loops import AMAX, F32, SCALE, _bits64, _real64, kernel
+from octavo.kernels.loops import AMAX, SCALE, _bits64, _real64, kernel
 from octavo.kernels.memory import at as _at
+from octavo.kernels.products import caller
 from octavo.kernels.scales import current_scale
 
-__all__ = ["Between", "Head", "Product", "Step", "between", "chain", "product"]
+__all__ = ["Between", "Head", "Step", "between", "chain"]
 
 
 class Head(enum.IntEnum):
@@ -52,54 +50,11 @@ class Between(enum.IntEnum):
     POWER_OF_TWO = 4
 
 
-class Product(enum.IntEnum):
-    """Arguments of `product`: C[m, n] = factor / scale / scale * A @ B + bias, of bfloat16 operands, in float32."""
-
-    GEMM = 0
-    """The address of `cblas_gemm_bf16bf16f32`."""
-    A_ORDER = 1
-    B_ORDER = 2
-    M = 3
-    N = 4
-    K = 5
-    A_STRIDE = 6
-    B_STRIDE = 7
-    FIRST = 8
-    """Bytes from this block to the arguments of a cast whose scale is undone; 0 for none."""
-    SECOND = 9
-    A = 10
-    B = 11
-    C = 12
-    BIAS = 13
-    """An address, or 0."""
-    FACTOR = 14
-
-
 PARALLEL, STEPS = int(Head.PARALLEL), int(Head.STEPS)
 KERNEL, ARGUMENTS, THREADS, WORDS = (int(slot) for slot in Step)
 FROM, TO, MAXIMUM, EPSILON, POWER_OF_TWO = (int(slot) for slot in Between)
-GEMM, A_ORDER, B_ORDER, M, N, K, A_STRIDE, B_STRIDE, FIRST, SECOND, A, B, C, BIAS, FACTOR = (int(s) for s in Product)
 
-
-def _caller(returns_nothing_of: str) -> Any:
-    """A compiled `f(address, *arguments)` that calls the C function there; one letter an argument: i int32, f float32, p int64."""
-    letters = {"i": ir.IntType(32), "f": ir.FloatType(), "p": ir.IntType(64)}
-    seen = {"i": types.int32, "f": types.float32, "p": types.int64}
-
-    @intrinsic
-    def call(typing_context, address, arguments):
-        def generate(context, builder, signature, values):
-            kinds = [letters[letter] for letter in returns_nothing_of]
-            function = builder.inttoptr(values[0], ir.FunctionType(ir.VoidType(), kinds).as_pointer())
-            builder.call(function, [builder.extract_value(values[1], i) for i in range(len(kinds))])
-            return context.get_dummy_value()
-
-        return types.void(types.int64, types.Tuple([seen[letter] for letter in returns_nothing_of])), generate
-
-    return call
-
-
-_call, _call_parallel, _call_gemm = _caller("p"), _caller("ppii"), _caller("iiiiiifpipifpi")
+_call, _call_parallel = caller("p"), caller("ppii")
 
 
 @kernel
@@ -123,39 +78,3 @@ def between(address):
         np.int32(amax).view(np.float32), _real64(p[MAXIMUM]), _real64(p[EPSILON]), p[POWER_OF_TWO] != 0
     )
     carray(_at(address + p[TO]), (SCALE + 1,), np.int64)[SCALE] = _bits64(scale)
-
-
-@kernel
-def product(address):
-    """A matrix product on oneMKL's bfloat16 units."""
-    p = carray(_at(address), (FACTOR + 1,), np.int64)
-    factor = _real64(p[FACTOR])
-    for slot in (FIRST, SECOND):
-        if p[slot]:
-            scale = _real64(carray(_at(address + p[slot]), (SCALE + 1,), np.int64)[SCALE])
-            factor *= np.float64(F32(1.0 / scale))
-    c = carray(_at(p[C]), (p[M], p[N]), np.float32)
-    if p[BIAS]:
-        bias = carray(_at(p[BIAS]), (p[N],), np.float32)
-        for i in range(p[M]):
-            c[i] = bias
-    i32 = np.int32
-    _call_gemm(
-        p[GEMM],
-        (
-            i32(101),
-            i32(p[A_ORDER]),
-            i32(p[B_ORDER]),
-            i32(p[M]),
-            i32(p[N]),
-            i32(p[K]),
-            F32(factor),
-            p[A],
-            i32(p[A_STRIDE]),
-            p[B],
-            i32(p[B_STRIDE]),
-            F32(1.0) if p[BIAS] else F32(0.0),
-            p[C],
-            i32(p[N]),
-        ),
-    )

@@ -12,18 +12,19 @@ from typing import Any, NamedTuple
 
 import torch
 
-from octavo.kernels import chain, cpu, loops, threads
-from octavo.kernels.chain import Between, Head, Product, Step
+from octavo.kernels import chain, cpu, loops, products, threads
+from octavo.kernels.chain import Between, Head, Step
 from octavo.kernels.loops import Slot
+from octavo.kernels.products import Product
 from octavo.scaling import Current
 from octavo.torch import gemm
 
 __all__ = ["Operand", "Pass", "Shape", "ready"]
 
-_MOST_STEPS = 8
+_MOST_STEPS = 10
 _START = 8 * (len(Head) + Step.WORDS * _MOST_STEPS)
 _WAYS = struct.Struct("<2q")
-_PRODUCT_WAYS = struct.Struct("<4qd")
+_PRODUCT_WAYS = struct.Struct("<4qdq")
 _DOUBLE, _FLOAT, _WORD = struct.Struct("<d"), struct.Struct("<f"), struct.Struct("<q")
 
 
@@ -49,20 +50,21 @@ class Shape(NamedTuple):
 
 def ready(size: int, *dtypes: torch.dtype) -> bool:
     """Whether products of that size (0 is none) and tensors of these dtypes can be chained on this machine."""
-    return size > 0 and torch.float64 not in dtypes and gemm.bf16_gemm() is not None and threads.gomp() is not None
+    return size > 0 and torch.float64 not in dtypes and gemm.units() is not None and threads.gomp() is not None
 
 
 class Pass:
     """A chain for given shapes.  Call it with the addresses; each call works on a copy of the memory laid out here."""
 
-    def __init__(self, operands: Sequence[Operand], products: Sequence[Shape], many: int) -> None:
+    def __init__(self, operands: Sequence[Operand], shapes: Sequence[Shape], many: int) -> None:
         self._memory = bytearray(_START)
         self._steps: list[tuple[int, int, int]] = []
         self._casts: list[int] = []
+        self._scratch = 0
         self._amaxes: list[int | None] = []
         for operand in operands:
             self._add_operand(operand, many)
-        self._products = [self._add_product(shape) for shape in products]
+        self._products = [self._add_product(shape, many) for shape in shapes]
         parallel = ctypes.cast(threads.gomp().GOMP_parallel, ctypes.c_void_p).value
         struct.pack_into("<2q", self._memory, 0, parallel, len(self._steps))
         for number, step in enumerate(self._steps):
@@ -91,23 +93,26 @@ class Pass:
         self._casts.append(self._add(loops.cast32, cast, many))
         self._amaxes.append(amax)
 
-    def _add_product(self, shape: Shape) -> int:
+    def _add_product(self, shape: Shape, many: int) -> int:
         place = len(self._memory)
-        orders = [
-            gemm.TRANSPOSED if transposed else gemm.PLAIN for transposed in (shape.a_transposed, shape.b_transposed)
-        ]
         strides = shape.m if shape.a_transposed else shape.k, shape.k if shape.b_transposed else shape.n
-        scales = [self._casts[number] - place for number in shape.cast] + [0] * (2 - len(shape.cast))
-        address = ctypes.cast(gemm.bf16_gemm(), ctypes.c_void_p).value
-        words = address, *orders, shape.m, shape.n, shape.k, *strides, *scales, 0, 0, 0, 0, 1.0
-        return self._add(chain.product, struct.pack("<14qd", *words), 1)
+        first, second = [self._casts[number] - place for number in shape.cast] + [0] * (2 - len(shape.cast))
+        sizes, units = (shape.m, shape.n, shape.k), gemm.units()
+        assert units is not None
+        self._memory += gemm.arguments(sizes, (shape.a_transposed, shape.b_transposed), strides, casts=(first, second))
+        many = min(many, gemm.threads_for(*sizes))
+        self._steps += [(kernel.address, place, many) for kernel in units.kernels]
+        if len(units.kernels) > 1:
+            needed = products.scratch_bytes(shape.m, shape.k, shape.a_transposed, many)
+            self._scratch = max(self._scratch, needed)
+        return place
 
     def __call__(
-        self, ways: Sequence[tuple[int, int, float]], products: Sequence[tuple[int, int, int, int, float]]
+        self, ways: Sequence[tuple[int, int, float]], places: Sequence[tuple[int, int, int, int, float]]
     ) -> list[tuple[float, float]]:
         """Run it, and return (the factor that undoes the scale, amax) of each operand.
 
-        ways: of each operand its address, where its bfloat16 values go, and its scale unless that is current; products: of each the
+        ways: of each operand its address, where its bfloat16 values go, and its scale unless that is current; places: of each product the
         addresses of A, B and C, that of the bias or 0, and a factor beside the scales of what was cast in this pass.
         """
         memory = self._copy.from_buffer_copy(self._memory)
@@ -117,8 +122,9 @@ class Pass:
                 _DOUBLE.pack_into(memory, place + 8 * Slot.SCALE, scale)
             else:
                 _WORD.pack_into(memory, amax, source)
-        for place, product in zip(self._products, products, strict=True):
-            _PRODUCT_WAYS.pack_into(memory, place + 8 * Product.A, *product)
+        scratch = gemm.scratch(self._scratch) if self._scratch else 0
+        for place, product in zip(self._products, places, strict=True):
+            _PRODUCT_WAYS.pack_into(memory, place + 8 * Product.A, *product, scratch)
         self._run(ctypes.addressof(memory))
         return [
             (
