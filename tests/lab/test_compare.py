@@ -7,17 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-from octavo.lab import checkpoint, compare
-from octavo.lab.arms import ARMS, BASELINE, DEFAULT_ARMS, Mode
-from octavo.lab.compare import ArmResult, CompareConfig, Comparison, run
+from octavo.lab import checkpoint, torch_bench
+from octavo.lab.arms import ARMS, DEFAULT_ARMS, ArmResult, Framework, Mode
+from octavo.lab.compare import CompareConfig, Comparison, run
 from octavo.lab.data import Dataset, Source, load
-from octavo.lab.loop import DivergenceError, Optimizer
 from octavo.lab.models import ModelName, build, exempt
+from octavo.lab.training import DivergenceError, Optimizer
 from octavo.recipes import NAMED
 from octavo.torch import convert
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
+BASELINE = Framework.TORCH.baseline
 CONFIG = CompareConfig(source=Source.DIGITS, model=ModelName.MLP, steps=12)
 
 
@@ -42,7 +43,10 @@ def by_name(comparison: Comparison) -> dict[str, ArmResult]:
 
 def test_the_arms_are_those_that_the_command_promises() -> None:
     assert list(DEFAULT_ARMS) == ["torch-fp32", "torch-bf16", "torch-fp8", "torch-fp8-current", "torch-fp8-infer"]
-    assert len(ARMS) == len(DEFAULT_ARMS) + len(NAMED) - 2  # two of the first are recipes
+    jax = [name for name, arm in ARMS.items() if arm.framework is Framework.JAX]
+    assert jax == ["jax-fp32", "jax-bf16", "jax-fp8", "jax-fp8-current", "jax-mxfp8"]
+    assert len(ARMS) == len(DEFAULT_ARMS) + len(NAMED) - 2 + len(jax)  # two of the first are recipes
+    assert {framework.baseline for framework in Framework} <= set(ARMS)
     assert ARMS["torch-bf16"].mode is Mode.BFLOAT16
     assert {arm.recipe().name for arm in ARMS.values() if arm.recipe is not None} == set(NAMED)
     assert all((arm.recipe is not None) == (arm.mode in (Mode.RECIPE, Mode.CALIBRATED)) for arm in ARMS.values())
@@ -182,16 +186,16 @@ def test_each_model_trains_as_its_reference_does() -> None:
 
 def test_calibration_reads_training_images_only(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     fed: list[torch.Tensor] = []
-    calibrate = compare.calibrate
+    calibrate = torch_bench.calibrate
 
     def watched(model, inputs, recipe=None):
         batches = list(inputs)
         fed.extend(batches)
         return calibrate(model, batches, recipe)
 
-    monkeypatch.setattr(compare, "calibrate", watched)
+    monkeypatch.setattr(torch_bench, "calibrate", watched)
     run(dataclasses.replace(CONFIG, arms=("torch-fp8-infer",), steps=2), dataset=digits)
-    training = {image.tobytes() for image in compare.prepare(digits).train_inputs.numpy()}
+    training = {image.tobytes() for image in torch_bench.prepare(digits).train_inputs.numpy()}
     assert fed
     assert all(image.tobytes() in training for batch in fed for image in batch.numpy())
 

@@ -12,10 +12,11 @@ import rich.console
 import torch
 from torch import nn
 
-from octavo.lab import checkpoint, loop
+from octavo.lab import checkpoint, loop, training
 from octavo.lab.data import Source, batches, load
-from octavo.lab.loop import DivergenceError, History, Optimizer, Prepared, Progress, TrainConfig, evaluate, train
+from octavo.lab.loop import Prepared, evaluate, train
 from octavo.lab.models import ModelName, build, initial_weights
+from octavo.lab.training import DivergenceError, History, Optimizer, Progress, TrainConfig
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
@@ -285,7 +286,7 @@ class Terminal(io.StringIO):
 def test_progress_draws_on_a_terminal_and_is_silent_elsewhere(
     data: Prepared, monkeypatch: pytest.MonkeyPatch, stream: io.StringIO
 ) -> None:
-    monkeypatch.setattr(loop, "_REFRESH_SECONDS", 0.0)
+    monkeypatch.setattr(training, "_REFRESH_SECONDS", 0.0)
     console = rich.console.Console(file=stream, width=120, force_terminal=True)
     train(build(ModelName.MLP, seed=1), short(data), MLP, progress=Progress("torch-fp32", steps=4, console=console))
     if stream.isatty():

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from octavo.lab import report
-from octavo.lab.compare import ArmResult, CompareConfig, Comparison
+from octavo.lab.arms import ArmResult
+from octavo.lab.compare import CompareConfig, Comparison
 from octavo.lab.data import Source
 from octavo.lab.models import ModelName
 

@@ -7,9 +7,24 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from octavo.recipes import NAMED, Recipe, current_scaling, delayed_scaling
+from octavo.lab.training import History
+from octavo.recipes import NAMED, Recipe, current_scaling, delayed_scaling, mxfp8
 
-__all__ = ["ARMS", "BASELINE", "DEFAULT_ARMS", "Arm", "Mode"]
+__all__ = ["ARMS", "DEFAULT_ARMS", "Arm", "ArmResult", "Framework", "Mode"]
+
+
+class Framework(enum.Enum):
+    """What trains an arm."""
+
+    TORCH = "torch"
+    """PyTorch, eager."""
+    JAX = "jax"
+    """JAX and Flax, an epoch compiled as one loop."""
+
+    @property
+    def baseline(self) -> str:
+        """The arm that the framework's others are measured against: float32."""
+        return f"{self.value}-fp32"
 
 
 class Mode(enum.Enum):
@@ -18,9 +33,9 @@ class Mode(enum.Enum):
     FLOAT32 = enum.auto()
     """All in float32."""
     BFLOAT16 = enum.auto()
-    """Under `torch.autocast` with bfloat16."""
+    """In bfloat16, parameters in float32: `torch.autocast`, or the dtype of Flax's layers."""
     RECIPE = enum.auto()
-    """Linear layers converted to a recipe, in training and in testing."""
+    """Linear layers under a recipe, in training and in testing."""
     CALIBRATED = enum.auto()
     """Trained in float32, then converted, calibrated on training batches and tested in the recipe."""
 
@@ -33,13 +48,64 @@ class Arm:
     description: str
     mode: Mode
     recipe: Callable[[], Recipe] | None = None
+    framework: Framework = Framework.TORCH
 
 
-BASELINE = "torch-fp32"
-"""The arm that the others are measured against."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ArmResult:
+    """What one arm came to.
+
+    final_loss: mean training loss over the last tenth of the last epoch's steps.  test_accuracy: a fraction.
+    seconds_per_epoch: median, training alone.  ratio_to_fp32: an arm's training step over that of its framework's float32 arm, medians of
+    steps taken in turns before the arm started; seconds_per_epoch of two arms may have met a different load.
+    difference_to_fp32: test accuracy less that arm's, a fraction.  Both are None where that arm is not run.
+    losses: of each step.  accuracies: of each epoch; of a calibrated arm the one after calibration.
+    baseline: the arm it is measured against.
+    trained_as: the arm whose training this one shares, so that its loss and seconds are that arm's; None for its own.
+    """
+
+    name: str
+    description: str
+    final_loss: float
+    test_loss: float
+    test_accuracy: float
+    seconds_per_epoch: float
+    losses: tuple[float, ...]
+    accuracies: tuple[float, ...]
+    baseline: str = Framework.TORCH.baseline
+    trained_as: str | None = None
+    ratio_to_fp32: float | None = None
+    difference_to_fp32: float | None = None
+
+    @classmethod
+    def of(
+        cls,
+        arm: Arm,
+        history: History,
+        ratio: float | None,
+        accuracies: tuple[float, ...],
+        *,
+        test_loss: float | None = None,
+        source: str | None = None,
+    ) -> ArmResult:
+        """The result of an arm from the history of its training, or of that of `source`, which it shares."""
+        return cls(
+            name=arm.name,
+            description=arm.description,
+            final_loss=history.final_loss,
+            test_loss=history.test_losses[-1] if test_loss is None else test_loss,
+            test_accuracy=accuracies[-1],
+            seconds_per_epoch=history.seconds_per_epoch,
+            losses=tuple(history.losses),
+            baseline=arm.framework.baseline,
+            accuracies=accuracies,
+            trained_as=source if source != arm.name else None,
+            ratio_to_fp32=ratio,
+        )
+
 
 _FIRST = (
-    Arm(name=BASELINE, description="float32 throughout", mode=Mode.FLOAT32),
+    Arm(name="torch-fp32", description="float32 throughout", mode=Mode.FLOAT32),
     Arm(name="torch-bf16", description="bfloat16 by torch.autocast", mode=Mode.BFLOAT16),
     Arm(
         name="torch-fp8",
@@ -63,6 +129,19 @@ _FIRST = (
 DEFAULT_ARMS: tuple[str, ...] = tuple(arm.name for arm in _FIRST)
 """What runs where the user names no arms."""
 
+_JAX = (
+    Arm(name="jax-fp32", description="float32 throughout, JAX", mode=Mode.FLOAT32, framework=Framework.JAX),
+    Arm(name="jax-bf16", description="bfloat16 layers, JAX", mode=Mode.BFLOAT16, framework=Framework.JAX),
+    *(
+        Arm(name=name, description=f"{text}, JAX", mode=Mode.RECIPE, recipe=recipe, framework=Framework.JAX)
+        for name, text, recipe in (
+            ("jax-fp8", "FP8 with delayed scaling", delayed_scaling),
+            ("jax-fp8-current", "FP8 with current scaling", current_scaling),
+            ("jax-mxfp8", "the recipe mxfp8", mxfp8),
+        )
+    ),
+)
+
 
 def _of(recipe: Callable[[], Recipe]) -> Arm:
     """`torch-mxfp8` for `mxfp8`, `torch-bf16-recipe` where the name is taken: trained and tested under that recipe."""
@@ -74,7 +153,11 @@ def _of(recipe: Callable[[], Recipe]) -> Arm:
 ARMS: Mapping[str, Arm] = MappingProxyType(
     {
         arm.name: arm
-        for arm in (*_FIRST, *(_of(make) for make in NAMED.values() if make not in (delayed_scaling, current_scaling)))
+        for arm in (
+            *_FIRST,
+            *(_of(make) for make in NAMED.values() if make not in (delayed_scaling, current_scaling)),
+            *_JAX,
+        )
     }
 )
 """Every arm by name; a new arm is a new row, and a new recipe brings its own."""

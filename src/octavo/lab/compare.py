@@ -2,46 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import rich.console
-import torch
-from torch import nn
 
-from octavo.lab import checkpoint
-from octavo.lab.arms import ARMS, BASELINE, DEFAULT_ARMS, Arm, Mode
-from octavo.lab.data import Dataset, Source, batches, load
-from octavo.lab.loop import (
-    DivergenceError,
-    Forward,
-    History,
-    Optimizer,
-    Prepared,
-    Progress,
-    TrainConfig,
-    evaluate,
-    prepare,
-    take_turns,
-    train,
-)
-from octavo.lab.models import ModelName, build, exempt
+from octavo.lab.arms import ARMS, DEFAULT_ARMS, ArmResult, Framework
+from octavo.lab.bench import Bench
+from octavo.lab.data import Dataset, Source, load
+from octavo.lab.models import ModelName
+from octavo.lab.training import DivergenceError, Optimizer, TrainConfig
 from octavo.names import nearest
-from octavo.torch import autocast, calibrate, convert
 
-__all__ = ["ArmResult", "CompareConfig", "Comparison", "run"]
+__all__ = ["CompareConfig", "Comparison", "run"]
 
-_ROUNDS = 150
-_WARM_UP_ROUNDS = 3
-# What is timed before an arm starts must not diverge, whatever rate the user asks for; a step's time is the same.
-_IDLE_RATE = 1e-6
-_CALIBRATION_BATCHES = 20
 _SMALL = 10_000
 
 
@@ -118,31 +95,6 @@ class CompareConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ArmResult:
-    """What one arm came to.
-
-    final_loss: mean training loss over the last tenth of the last epoch's steps.  test_accuracy: a fraction.
-    seconds_per_epoch: median, training alone.  ratio_to_fp32: an arm's training step over the baseline's, medians of
-    steps taken in turns before the arm started; seconds_per_epoch of two arms may have met a different load.
-    difference_to_fp32: test accuracy less the baseline's, a fraction.  Both are None where the baseline is not run.
-    losses: of each step.  accuracies: of each epoch; of a calibrated arm the one after calibration.
-    trained_as: the arm whose training this one shares, so that its loss and seconds are that arm's; None for its own.
-    """
-
-    name: str
-    description: str
-    final_loss: float
-    test_loss: float
-    test_accuracy: float
-    seconds_per_epoch: float
-    losses: tuple[float, ...]
-    accuracies: tuple[float, ...]
-    trained_as: str | None = None
-    ratio_to_fp32: float | None = None
-    difference_to_fp32: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
     """The arms run so far, and what they share.  data: name -> fact about the data set, plain JSON."""
 
@@ -153,14 +105,16 @@ class Comparison:
     arms: tuple[ArmResult, ...] = ()
 
     def adding(self, result: ArmResult) -> Comparison:
-        """With one more arm, the accuracy of each set against the baseline where it is among them."""
+        """With one more arm, the accuracy of each set against its framework's float32 arm where that is among them."""
         arms = (*self.arms, result)
-        base = next((arm for arm in arms if arm.name == BASELINE), None)
-        if base is not None:
-            arms = tuple(
-                dataclasses.replace(arm, difference_to_fp32=arm.test_accuracy - base.test_accuracy) for arm in arms
-            )
-        return dataclasses.replace(self, arms=arms)
+        accuracy = {arm.name: arm.test_accuracy for arm in arms}
+        compared = (
+            dataclasses.replace(arm, difference_to_fp32=arm.test_accuracy - accuracy[arm.baseline])
+            if arm.baseline in accuracy
+            else arm
+            for arm in arms
+        )
+        return dataclasses.replace(self, arms=tuple(compared))
 
 
 def run(
@@ -181,6 +135,7 @@ def run(
         console: where progress is drawn if it is a terminal; None is standard error.
 
     Raises:
+        ValueError: an arm's framework is not installed.
         DataError, CheckpointError: as `data.load` and `checkpoint.save` do.
         DivergenceError: an arm met NaN or Inf; the message names arm, step and tensor.
     """
@@ -194,140 +149,40 @@ def run(
         data={"name": dataset.name, "training images": samples, "test images": len(dataset.test_labels)},
         steps_per_epoch=samples // training.batch_size,
     )
-    bench = _Bench(
-        model=config.model,
-        training=training,
-        data=prepare(dataset),
-        folder=folder,
-        name=dataset.name,
-        console=console,
-        paired=BASELINE in config.arms,
-    )
+
+    benches = {
+        framework: _bench(framework)(
+            model=config.model,
+            training=training,
+            dataset=dataset,
+            folder=folder,
+            console=console,
+            paired=framework.baseline in config.arms,
+        )
+        for framework in dict.fromkeys(ARMS[name].framework for name in config.arms)
+    }
     for name in config.arms:
         try:
-            comparison = comparison.adding(bench.measure(ARMS[name]))
+            comparison = comparison.adding(benches[ARMS[name].framework].measure(ARMS[name]))
         except DivergenceError as error:
             raise DivergenceError(f"{name}: {error}") from None
         on_result(comparison)
     return comparison
 
 
-@dataclass(kw_only=True, slots=True)
-class _Bench:
-    """What the arms share.
+def _bench(framework: Framework) -> Callable[..., Bench]:
+    """What measures a framework's arms, loaded when it is first asked for.  Raises ValueError where the framework is not installed."""
+    try:
+        match framework:
+            case Framework.TORCH:
+                from octavo.lab.torch_bench import TorchBench
 
-    paired: whether arms are timed against the baseline.  float32: the arm that trained in float32 with the trained
-    model, once there is one.
-    """
+                return TorchBench
+            case Framework.JAX:
+                from octavo.lab.jax_bench import JaxBench
 
-    model: ModelName
-    training: TrainConfig
-    data: Prepared
-    name: str
-    folder: Path | None
-    console: rich.console.Console | None
-    paired: bool
-    float32: tuple[str, nn.Module, History] | None = field(default=None)
-
-    def measure(self, arm: Arm) -> ArmResult:
-        """Trains and tests one arm, from the same weights as every other."""
-        match arm.mode:
-            case Mode.BFLOAT16 | Mode.RECIPE:
-                ratio = self._pace(arm)
-                history = self._train(arm, *self._start(arm))
-                return _result(arm, history, ratio, tuple(history.accuracies))
-            case Mode.FLOAT32:
-                source, model, history = self._train_float32(arm)
-                if source != arm.name:
-                    self._save(arm, model)
-                return _result(arm, history, 1.0 if self.paired else None, tuple(history.accuracies), source=source)
-            case Mode.CALIBRATED:
-                assert arm.recipe is not None
-                source, model, history = self._train_float32(arm)
-                model = convert(copy.deepcopy(model), arm.recipe(), exempt=exempt(self.model))
-                calibrate(model, self._calibration_batches())
-                loss, accuracy = evaluate(model, self.data.test_inputs, self.data.test_labels, forward=autocast)
-                self._save(arm, model)
-                ratio = 1.0 if self.paired else None
-                return _result(arm, history, ratio, (accuracy,), test_loss=loss, source=source)
-
-    def _start(self, arm: Arm) -> tuple[nn.Module, Forward]:
-        """The untrained model of an arm, and the context that its forward pass runs in."""
-        model = build(self.model, seed=self.training.seed)
-        match arm.mode:
-            case Mode.FLOAT32 | Mode.CALIBRATED:
-                return model, contextlib.nullcontext
-            case Mode.BFLOAT16:
-                return model, lambda: torch.autocast("cpu", dtype=torch.bfloat16)
-            case Mode.RECIPE:
-                assert arm.recipe is not None
-                return convert(model, arm.recipe(), exempt=exempt(self.model)), contextlib.nullcontext
-
-    def _train_float32(self, arm: Arm) -> tuple[str, nn.Module, History]:
-        """The training that arms in float32 share: run by the first of them, handed to the others."""
-        if self.float32 is None:
-            self._pace(arm)
-            model, forward = self._start(arm)
-            self.float32 = (arm.name, model, self._train(arm, model, forward))
-        return self.float32
-
-    def _train(self, arm: Arm, model: nn.Module, forward: Forward) -> History:
-        steps = sum(self.training.epoch_steps(len(self.data.train_labels)))
-        return train(
-            model,
-            self.data,
-            self.training,
-            forward=forward,
-            progress=Progress(arm.name, steps=steps, console=self.console),
-            checkpoint_path=self._path(arm),
-            header=self._header(arm),
-        )
-
-    def _pace(self, arm: Arm) -> float | None:
-        """An arm's step time over the baseline's, on models that are thrown away; it warms kernels and caches up."""
-        idle = dataclasses.replace(self.training, lr=_IDLE_RATE)
-        if not self.paired or arm.mode in (Mode.FLOAT32, Mode.CALIBRATED):
-            take_turns([self._start(arm)], self.data, idle, rounds=_WARM_UP_ROUNDS)
-            return 1.0 if self.paired else None
-        rounds = min(_ROUNDS, sum(self.training.epoch_steps(len(self.data.train_labels))))
-        base, own = take_turns([self._start(ARMS[BASELINE]), self._start(arm)], self.data, idle, rounds=rounds)
-        return own / base
-
-    def _calibration_batches(self) -> Iterator[torch.Tensor]:
-        """The first training batches, in the order of the first epoch."""
-        order = batches(len(self.data.train_labels), self.training.batch_size, epoch=0, seed=self.training.seed)
-        for _, index in zip(range(_CALIBRATION_BATCHES), order, strict=False):
-            yield self.data.train_inputs[torch.from_numpy(index)]
-
-    def _path(self, arm: Arm) -> Path | None:
-        return self.folder and self.folder / f"{arm.name}.safetensors"
-
-    def _header(self, arm: Arm) -> dict[str, Any]:
-        return {"arm": arm.name, "model": self.model.value, "data": self.name, "seed": self.training.seed}
-
-    def _save(self, arm: Arm, model: nn.Module) -> None:
-        if path := self._path(arm):
-            checkpoint.save(path, model.state_dict(), header=self._header(arm))
-
-
-def _result(
-    arm: Arm,
-    history: History,
-    ratio: float | None,
-    accuracies: tuple[float, ...],
-    *,
-    test_loss: float | None = None,
-    source: str | None = None,
-) -> ArmResult:
-    return ArmResult(
-        name=arm.name,
-        description=arm.description,
-        final_loss=history.final_loss,
-        test_loss=history.test_losses[-1] if test_loss is None else test_loss,
-        test_accuracy=accuracies[-1],
-        seconds_per_epoch=history.seconds_per_epoch,
-        losses=tuple(history.losses),
-        accuracies=accuracies,
-        trained_as=source if source != arm.name else None,
-        ratio_to_fp32=ratio,
-    )
+                return JaxBench
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"the {framework.value} arms need {error.name}, which is not installed; pip install 'octavo[{framework.value}]'"
+        ) from None

@@ -7,16 +7,14 @@ put back afterwards.  The order of batches comes from `data.batches`, which ever
 from __future__ import annotations
 
 import contextlib
-import enum
 import io
 import itertools
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import rich.console
@@ -27,80 +25,15 @@ from torch import nn
 
 from octavo.lab import checkpoint
 from octavo.lab.data import Dataset, batches
+from octavo.lab.training import MEAN, STD, TEST_BATCH, DivergenceError, History, Optimizer, Progress, TrainConfig
 
-__all__ = [
-    "DivergenceError",
-    "History",
-    "Optimizer",
-    "Prepared",
-    "Progress",
-    "TrainConfig",
-    "evaluate",
-    "prepare",
-    "take_turns",
-    "train",
-]
+__all__ = ["Forward", "Prepared", "evaluate", "prepare", "take_turns", "train"]
 
 Forward = Callable[[], contextlib.AbstractContextManager[object]]
 """Makes the context that a forward pass runs in: `torch.autocast(...)`, `octavo.torch.autocast(...)` or nothing."""
 
-_MEAN, _STD = 0.1307, 0.3081
-_TEST_BATCH = 1000
-_REFRESH_SECONDS = 0.2
 _UNTIMED_ROUNDS = 3
 _TURNS_SECONDS = 2.0
-
-
-class DivergenceError(ValueError):
-    """Training met NaN or Inf and stopped; the message names the step and the first bad tensor."""
-
-
-class Optimizer(enum.Enum):
-    """Which rule updates the weights."""
-
-    SGD = "sgd"
-    """Plain stochastic gradient descent."""
-    ADADELTA = "adadelta"
-    """Adadelta, as the reference CNN script trains."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainConfig:
-    """Everything that decides a run, apart from the model and the data.
-
-    `steps`, where given, ends the run after that many steps in all, even within an epoch.  The learning rate falls in a
-    straight line over the run, from `lr` towards `lr * last_lr`.  An epoch's last, smaller batch is left out.
-    """
-
-    optimizer: Optimizer
-    lr: float
-    batch_size: int
-    epochs: int
-    last_lr: float = 1.0
-    steps: int | None = None
-    seed: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "epochs", "steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}; give a positive whole number")
-        for name in ("lr", "last_lr"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be a positive finite number, got {value}; try 0.1")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be in 0 ... 2**63 - 1, got {self.seed}; try 1")
-
-    def epoch_steps(self, samples: int) -> tuple[int, ...]:
-        """How many steps each epoch takes over `samples` training samples; `steps` may cut the last epoch short."""
-        whole = samples // self.batch_size
-        if whole == 0:
-            raise ValueError(
-                f"batch_size {self.batch_size} exceeds the {samples} training samples; use at most {samples}"
-            )
-        total = min(whole * self.epochs, self.steps or whole * self.epochs)
-        return tuple(min(whole, total - start) for start in range(0, total, whole))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,7 +51,7 @@ def prepare(dataset: Dataset) -> Prepared:
 
     def inputs(images: Any) -> torch.Tensor:
         pixels = torch.from_numpy(images.copy()).to(torch.float32)
-        return pixels.div_(255).sub_(_MEAN).div_(_STD).unsqueeze(1)
+        return pixels.div_(255).sub_(MEAN).div_(STD).unsqueeze(1)
 
     return Prepared(
         train_inputs=inputs(dataset.train_images),
@@ -126,74 +59,6 @@ def prepare(dataset: Dataset) -> Prepared:
         test_inputs=inputs(dataset.test_images),
         test_labels=torch.from_numpy(dataset.test_labels.astype("int64")),
     )
-
-
-@dataclass(kw_only=True, slots=True)
-class History:
-    """What a run recorded so far.
-
-    losses: training loss of each step.  epochs: (steps, seconds) of each epoch, training alone, on a monotonic clock.
-    test_losses, accuracies: of each epoch's end; accuracy is a fraction.
-    """
-
-    steps_per_epoch: int
-    losses: list[float] = field(default_factory=list)
-    epochs: list[tuple[int, float]] = field(default_factory=list)
-    test_losses: list[float] = field(default_factory=list)
-    accuracies: list[float] = field(default_factory=list)
-
-    @property
-    def final_loss(self) -> float:
-        """The mean training loss over the last tenth of the last epoch's steps (one step at least)."""
-        return statistics.fmean(self.losses[-math.ceil(self.epochs[-1][0] / 10) :])
-
-    @property
-    def seconds_per_epoch(self) -> float:
-        """The median over the epochs; an epoch cut short counts at its seconds a step times a whole epoch's steps."""
-        return statistics.median(seconds / steps * self.steps_per_epoch for steps, seconds in self.epochs)
-
-
-class Progress(contextlib.AbstractContextManager["Progress"]):
-    """One line on a terminal (loss, accuracy of the newest batch, images/s, time left); silent anywhere else."""
-
-    def __init__(self, label: str, *, steps: int, console: rich.console.Console | None = None) -> None:
-        console = console or rich.console.Console(stderr=True)
-        self._bar = rich.progress.Progress(
-            rich.progress.TextColumn("{task.description:<16}"),
-            rich.progress.BarColumn(bar_width=24),
-            rich.progress.TextColumn("{task.fields[text]}"),
-            rich.progress.TimeRemainingColumn(compact=True),
-            console=console,
-            auto_refresh=False,
-            disable=not console.file.isatty(),
-        )
-        self._task = self._bar.add_task(label, total=steps, text="")
-        self._started = self._drawn = time.perf_counter()
-        self._steps = 0
-
-    def __enter__(self) -> Progress:
-        self._bar.start()
-        self._started = time.perf_counter()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if not self._bar.disable:
-            self._bar.update(self._task, completed=self._steps, refresh=True)
-        self._bar.stop()
-
-    def step(self, loss: float, log_probs: torch.Tensor, labels: torch.Tensor) -> None:
-        """Counts one step, and redraws the line where the last drawing is old enough."""
-        self._steps += 1
-        now = time.perf_counter()
-        if self._bar.disable or now - self._drawn < _REFRESH_SECONDS:
-            return
-        self._drawn = now
-        accuracy = (log_probs.detach().argmax(1) == labels).float().mean().item()
-        speed = self._steps * len(labels) / (now - self._started)
-        text = f"loss {loss:7.4f}  accuracy {accuracy:6.1%}  {speed:8,.0f} images/s"
-        self._bar.update(self._task, completed=self._steps, text=text, refresh=True)
 
 
 def evaluate(
@@ -210,7 +75,7 @@ def evaluate(
     loss, correct = 0.0, 0
     try:
         with torch.no_grad():
-            for x, y in zip(torch.split(inputs, _TEST_BATCH), torch.split(labels, _TEST_BATCH), strict=True):
+            for x, y in zip(torch.split(inputs, TEST_BATCH), torch.split(labels, TEST_BATCH), strict=True):
                 with forward():
                     log_probs = model(x).float()
                 loss += F.nll_loss(log_probs, y, reduction="sum").item()
@@ -349,7 +214,7 @@ class _Run:
             _require_finite([*_parameters(self.model), *_gradients(self.model)], step=number)
         self.optimizer.step()
         self.history.losses.append(value)
-        self.progress.step(value, log_probs, y)
+        self.progress.step(value, len(y), lambda: (log_probs.detach().argmax(1) == y).float().mean().item())
 
 
 def _bad_rows(inputs: torch.Tensor) -> torch.Tensor | None:
