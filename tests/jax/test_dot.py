@@ -122,6 +122,23 @@ def test_sums_of_hopper_are_refused() -> None:
         run(on_hopper(delayed_scaling()))
 
 
+def test_a_format_that_the_backend_cannot_compile_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No backend here lacks one: the compiler's refusal is put in its place."""
+
+    def refuses(*_: Any) -> None:
+        raise NotImplementedError("unsupported element type")
+
+    operands.carrier.cache_clear()
+    monkeypatch.setattr(operands.lax, "bitcast_convert_type", refuses)
+    with pytest.raises(
+        ValueError,
+        match=r"XLA holds no float8_e5m2fnuz on the backend cpu, which float8_e5m2fnuz needs; choose a recipe with",
+    ):
+        operands.carrier(E5M2FNUZ)
+    monkeypatch.undo()
+    operands.carrier.cache_clear()
+
+
 def hard_values(format: Format) -> Any:
     """Every code, every tie between two, their neighbours, specials, subnormals and random bit patterns: float32 [2, n]."""
     values = np.unique(format.values[np.isfinite(format.values)].astype(np.float64))

@@ -35,11 +35,11 @@ from octavo.kernels.loops import (
     STOCHASTIC,
     TOWARD_ZERO,
     U64,
-    _any,
     _at,
     _atomic_add,
     _atomic_max,
     _bits,
+    _directed,
     _fill_random,
     _half_bits,
     _load,
@@ -47,6 +47,7 @@ from octavo.kernels.loops import (
     _prefetch,
     _real,
     _real64,
+    _stochastic,
     _store_codes,
     _wide_vectors,
     compiled,
@@ -154,11 +155,19 @@ def _round_blocks_to_bfloat16(x_f, factor, back, out, wide, decoded, shift, e_mi
 
 
 @compiled
-def _round_any(x_f, factor, back, out, shift, e_min, limit, top, over, inf, zero_sign, half, draws, lane):
-    """As `_any_to_float32` of loops.py, column by column."""
+def _round_directed(x_f, factor, back, out, shift, e_min, limit, top, over, inf, zero_sign, half):
+    """As `_directed_to_float32` of loops.py, column by column."""
     _wide_vectors()
     for j in range(x_f.size):
-        rounded = _any(x_f[j], factor[j], shift, e_min, limit, top, over, inf, zero_sign, half, draws[lane + j])
+        out[j] = _real(_directed(x_f[j], factor[j], shift, e_min, limit, top, over, inf, zero_sign, half)) * back[j]
+
+
+@compiled
+def _round_stochastic(x_f, factor, back, out, shift, e_min, limit, top, over, inf, zero_sign, draws):
+    """As `_stochastic_to_float32` of loops.py, column by column."""
+    _wide_vectors()
+    for j in range(x_f.size):
+        rounded = _stochastic(x_f[j], factor[j], shift, e_min, limit, top, over, inf, zero_sign, draws[j])
         out[j] = _real(rounded) * back[j]
 
 
@@ -194,7 +203,8 @@ def cast_blocks(arguments):
     one, other = np.empty(tile + 16, np.int32), np.empty(tile + 16, np.int32)
     factor, back = np.empty(most, np.float32), np.empty(most, np.float32)
     column_factor, column_back = np.empty(tile, np.float32), np.ones(tile, np.float32)
-    draws = np.empty(tile + 12 if mode == STOCHASTIC else 0, np.uint32)
+    pairs = np.empty(tile // 2 + 8 if mode == STOCHASTIC else 0, np.uint64)
+    draws = pairs.view(np.uint32)
     peak = I32(0)
     count = ((n_rows + high - 1) // high) * tiles
     drawn, last = 0, 0
@@ -278,11 +288,12 @@ def cast_blocks(arguments):
                 out = carray(_at(p[TARGET] + 4 * start), (size,), np.float32)
             if mode == NEAREST_EVEN and not whole_blocks:
                 _round_nearest(x_f, f, g, out, shift, e_min, limit, top, over, inf, zero_sign)
-            elif mode != NEAREST_EVEN:
-                if mode == STOCHASTIC:
-                    _fill_random(draws, (size + 10) // 4, (p[OFFSET] + start) >> 2, p[SEED])
+            elif mode == STOCHASTIC:
                 lane = (p[OFFSET] + start) & 3
-                _round_any(x_f, f, g, out, shift, e_min, limit, top, over, inf, zero_sign, half, draws, lane)
+                _fill_random(pairs, (size + lane + 3) // 4, (p[OFFSET] + start) >> 2, p[SEED])
+                _round_stochastic(x_f, f, g, out, shift, e_min, limit, top, over, inf, zero_sign, draws[lane:])
+            elif mode != NEAREST_EVEN:
+                _round_directed(x_f, f, g, out, shift, e_min, limit, top, over, inf, zero_sign, half)
             if target == BFLOAT16:
                 _bfloat16_of(out.view(np.int32), halves)
             elif target == CODES:

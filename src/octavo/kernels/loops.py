@@ -21,6 +21,7 @@ from octavo.kernels.memory import atomic_add as _atomic_add
 from octavo.kernels.memory import atomic_max as _atomic_max
 from octavo.kernels.memory import prefetch as _prefetch
 from octavo.kernels.memory import wide_vectors as _wide_vectors
+from octavo.kernels.philox import fill_random as _fill_random
 
 __all__ = ["CHUNK", "Kind", "Slot", "amax", "cast32"]
 
@@ -28,6 +29,8 @@ CHUNK = 16384
 """Elements a thread takes at a time: a multiple of 4 (Philox's block), small enough for the second-level cache."""
 TILE, AHEAD = 256, 1024
 """Elements rounded at a time, and how far ahead of them memory is asked for: else each store would wait to read what it overwrites."""
+SPAN = 2 * TILE
+"""The same in the other modes."""
 
 
 class Kind(enum.IntEnum):
@@ -78,7 +81,6 @@ NEAREST_EVEN, TOWARD_ZERO, NEAREST_AWAY, STOCHASTIC = range(4)
 
 I32, F32, U16, U32, U64 = np.int32, np.float32, np.uint16, np.uint32, np.uint64
 MAGNITUDE, SIGN, INF, NAN = I32(0x7FFFFFFF), I32(-0x80000000), I32(0x7F800000), I32(0x7FC00000)
-LOW, WORD = U64(0xFFFFFFFF), U64(32)
 
 compiled: Any = njit(cache=True, nogil=True, error_model="numpy", boundscheck=False)
 inlined: Any = njit(inline="always")
@@ -133,8 +135,8 @@ def _nearest(x, scale, shift, e_min, limit, top, over, inf, zero_sign):
 
 
 @inlined
-def _any(x, scale, shift, e_min, limit, top, over, inf, zero_sign, half, draw):
-    """As `_nearest`, but up where fraction >= half, or, where half is 0, where fraction * 2**32 + draw carries."""
+def _parts(x, scale, shift, e_min, limit):
+    """(bits, magnitude, number of whole last places, fraction of one, what a last place is worth) of a scaled float32."""
     up_m = I32((23 << 23) - shift)
     u = _bits(x * scale)
     a = I32(u & MAGNITUDE)
@@ -142,13 +144,24 @@ def _any(x, scale, shift, e_min, limit, top, over, inf, zero_sign, half, draw):
     e = max(I32(c & INF), e_min)
     in_ulps = _real(c) * _real(I32(254 << 23) - e + up_m)
     whole = np.floor(in_ulps)
-    fraction = in_ulps - whole
-    if half > F32(0):
-        whole += F32(1) if fraction >= half else F32(0)
-    else:
-        likelihood = U32(fraction * F32(4294967296.0))
-        whole += F32(1) if U32(likelihood + draw) < likelihood else F32(0)
-    return _finish(whole * _real(e - up_m), u, a, top, over, inf, zero_sign)
+    return u, a, whole, in_ulps - whole, _real(e - up_m)
+
+
+@inlined
+def _directed(x, scale, shift, e_min, limit, top, over, inf, zero_sign, half):
+    """As `_nearest`, but up where fraction >= half."""
+    u, a, whole, fraction, ulp = _parts(x, scale, shift, e_min, limit)
+    whole += F32(1) if fraction >= half else F32(0)
+    return _finish(whole * ulp, u, a, top, over, inf, zero_sign)
+
+
+@inlined
+def _stochastic(x, scale, shift, e_min, limit, top, over, inf, zero_sign, draw):
+    """As `_nearest`, but up where fraction * 2**32 + draw carries."""
+    u, a, whole, fraction, ulp = _parts(x, scale, shift, e_min, limit)
+    likelihood = U32(fraction * F32(4294967296.0))
+    whole += F32(1) if U32(likelihood + draw) < likelihood else F32(0)
+    return _finish(whole * ulp, u, a, top, over, inf, zero_sign)
 
 
 @compiled
@@ -181,33 +194,25 @@ def _nearest_to_bfloat16(x_f, x_i, out, scale, shift, e_min, limit, top, over, i
 
 
 @compiled
-def _any_to_float32(x_f, x_i, out, scale, divisor, shift, e_min, limit, top, over, inf, zero_sign, half, draws, lane):
-    """As `_nearest_to_float32`, in another mode."""
+def _directed_to_float32(x_f, x_i, out, scale, divisor, shift, e_min, limit, top, over, inf, zero_sign, half):
+    """As `_nearest_to_float32`, toward zero or to nearest away."""
     _wide_vectors()
     peak = I32(0)
     for i in range(x_f.size):
         peak = max(peak, I32(x_i[i] & MAGNITUDE))
-        rounded = _any(x_f[i], scale, shift, e_min, limit, top, over, inf, zero_sign, half, draws[lane + i])
-        out[i] = _real(rounded) / divisor
+        out[i] = _real(_directed(x_f[i], scale, shift, e_min, limit, top, over, inf, zero_sign, half)) / divisor
     return peak
 
 
 @compiled
-def _fill_random(draws, blocks, first, seed):
-    """Philox4x32-10: four words for each of `blocks` counters from `first` on."""
+def _stochastic_to_float32(x_f, x_i, out, scale, divisor, shift, e_min, limit, top, over, inf, zero_sign, draws):
+    """As `_nearest_to_float32`, stochastically."""
     _wide_vectors()
-    for b in range(blocks):
-        counter = U64(first) + U64(b)
-        c0, c1, c2, c3 = counter & LOW, counter >> WORD, U64(0), U64(0)
-        k0, k1 = U64(seed) & LOW, U64(seed) >> WORD
-        for _ in range(10):
-            p0, p1 = U64(0xD2511F53) * c0, U64(0xCD9E8D57) * c2
-            c0, c1, c2, c3 = (p1 >> WORD) ^ c1 ^ k0, p1 & LOW, (p0 >> WORD) ^ c3 ^ k1, p0 & LOW
-            k0, k1 = (k0 + U64(0x9E3779B9)) & LOW, (k1 + U64(0xBB67AE85)) & LOW
-        draws[4 * b] = U32(c0)
-        draws[4 * b + 1] = U32(c1)
-        draws[4 * b + 2] = U32(c2)
-        draws[4 * b + 3] = U32(c3)
+    peak = I32(0)
+    for i in range(x_f.size):
+        peak = max(peak, I32(x_i[i] & MAGNITUDE))
+        out[i] = _real(_stochastic(x_f[i], scale, shift, e_min, limit, top, over, inf, zero_sign, draws[i])) / divisor
+    return peak
 
 
 @compiled
@@ -276,7 +281,7 @@ def cast32(arguments):
     zero_sign = SIGN if p[NEGATIVE_ZERO] else I32(0)
     half = F32(2) if mode == TOWARD_ZERO else F32(0.5) if mode == NEAREST_AWAY else F32(0)
     loaded, rounded = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
-    draws = np.empty(CHUNK + 8 if mode == STOCHASTIC else 0, np.uint32)
+    pairs, lane = np.empty(SPAN // 2 + 8 if mode == STOCHASTIC else 0, np.uint64), p[OFFSET] & 3
     narrow = mode == NEAREST_EVEN and target == BFLOAT16 and divisor == F32(1)
     direct, width = narrow or target == FLOAT32, 2 if narrow else 4
     peak = I32(0)
@@ -294,11 +299,11 @@ def cast32(arguments):
         if target == FLOAT32:
             out = carray(_at(p[TARGET] + 4 * start), (size,), np.float32)
         halves = carray(_at(p[TARGET] + 2 * start), (size,), np.uint16)
+        source = p[SOURCE] + 4 * start if kind == FLOAT32 else loaded.ctypes.data
+        into = p[TARGET] + width * start if direct else rounded.ctypes.data
+        found = I32(0)
         if mode == NEAREST_EVEN:
-            source = p[SOURCE] + 4 * start if kind == FLOAT32 else loaded.ctypes.data
-            into = p[TARGET] + width * start if direct else rounded.ctypes.data
             tiled = size - size % TILE
-            found = I32(0)
             for t in range(0, tiled, TILE):
                 if kind == FLOAT32:
                     _prefetch(source + 4 * (t + AHEAD), into + width * (t + AHEAD), TILE // 16)
@@ -320,12 +325,24 @@ def cast32(arguments):
                 )
             found = max(found, part)
         else:
-            if mode == STOCHASTIC:
-                _fill_random(draws, (size + 7) // 4, (p[OFFSET] + start) >> 2, p[SEED])
-            lane = p[OFFSET] & 3
-            found = _any_to_float32(
-                x_f, x_i, out, scale, divisor, shift, e_min, limit, top, over, inf, zero_sign, half, draws, lane
-            )
+            for t in range(0, size, SPAN):
+                part = min(SPAN, size - t)
+                if kind == FLOAT32:
+                    _prefetch(source + 4 * (t + AHEAD), into + width * (t + AHEAD), part // 16)
+                f = carray(_at(source + 4 * t), (part,), np.float32)
+                b = carray(_at(source + 4 * t), (part,), np.int32)
+                o = carray(_at(into + 4 * t), (part,), np.float32)
+                if mode == STOCHASTIC:
+                    _fill_random(pairs, (part + lane + 3) // 4, (p[OFFSET] + start + t) >> 2, p[SEED])
+                    d = carray(_at(pairs.ctypes.data + 4 * lane), (part,), np.uint32)
+                    seen = _stochastic_to_float32(
+                        f, b, o, scale, divisor, shift, e_min, limit, top, over, inf, zero_sign, d
+                    )
+                else:
+                    seen = _directed_to_float32(
+                        f, b, o, scale, divisor, shift, e_min, limit, top, over, inf, zero_sign, half
+                    )
+                found = max(found, seen)
         peak = max(peak, found)
         if narrow:
             continue
