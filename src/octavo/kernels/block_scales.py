@@ -9,20 +9,8 @@ import enum
 
 import numpy as np
 
-from octavo.kernels.loops import (
-    F32,
-    I32,
-    INF,
-    MAGNITUDE,
-    NAN,
-    SIGN,
-    U64,
-    _bits,
-    _nearest,
-    _real,
-    _wide_vectors,
-    compiled,
-)
+from octavo.kernels.element import F32, I32, INF, MAGNITUDE, NAN, SIGN, U64, _bits, _nearest, _real, compiled
+from octavo.kernels.loops import _wide_vectors
 
 __all__ = [
     "Rule",

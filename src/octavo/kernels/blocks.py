@@ -23,35 +23,40 @@ from octavo.kernels.block_scales import (
     per_column,
     two_level,
 )
+from octavo.kernels.element import (
+    F32,
+    I32,
+    SIGN,
+    U64,
+    _bits,
+    _directed,
+    _drawn,
+    _finish,
+    _is_plain,
+    _nearest,
+    _nearest_plain,
+    _real,
+    _real64,
+    compiled,
+    kernel,
+)
 from octavo.kernels.loops import (
     BFLOAT16,
     CODES,
-    F32,
     FLOAT32,
-    I32,
     NEAREST_AWAY,
     NEAREST_EVEN,
-    SIGN,
     STOCHASTIC,
     TOWARD_ZERO,
-    U64,
     _at,
     _atomic_add,
     _atomic_max,
-    _bits,
-    _directed,
     _fill_random,
     _half_bits,
     _load,
-    _nearest,
     _prefetch,
-    _real,
-    _real64,
-    _stochastic,
     _store_codes,
     _wide_vectors,
-    compiled,
-    kernel,
 )
 
 __all__ = ["BlockSlot", "cast_blocks"]
@@ -108,7 +113,7 @@ SOURCE_KIND, TARGET_KIND, NEXT, AMAX, RULE, SKIP_NAN, DECODED, ROUNDING = (int(s
 SEED, OFFSET, MANTISSA_BITS, BIAS, MAX_EXPONENT, INF_CODE, NAN_CODE = (int(slot) for slot in list(BlockSlot)[16:23])
 SIGN_MASK, NEGATIVE_ZERO, TOP, OVERFLOW, INF_BECOMES, MAXIMUM = (int(slot) for slot in list(BlockSlot)[23:29])
 EPSILON, ZERO_LIMIT, WHOLE, WHOLE_BACK, WHOLE_RECIPROCAL, END = (int(slot) for slot in list(BlockSlot)[29:])
-PIECE, GROUP = 256, 8
+PIECE, GROUP = 1024, 8
 """Elements rounded at a time while the memory of the next tile is asked for, and tiles that a thread takes at a time."""
 
 
@@ -134,6 +139,13 @@ def _round_blocks(x_f, factor, back, out, wide, decoded, shift, e_min, limit, to
     """`_round_nearest` of whole blocks whose width is a multiple of 16, with a block's factors in a register."""
     _wide_vectors()
     sixteenths = U64(wide // 16)
+    if _is_plain(top, over, inf, zero_sign):
+        for b in range(U64(x_f.size // wide)):
+            f, g = factor[b], back[b] if decoded else F32(1)
+            for k in range(b * sixteenths, b * sixteenths + sixteenths):
+                for j in range(k * U64(16), k * U64(16) + U64(16)):
+                    out[j] = _real(_nearest_plain(x_f[j], f, shift, e_min, limit, top)) * g
+        return
     for b in range(U64(x_f.size // wide)):
         f, g = factor[b], back[b] if decoded else F32(1)
         for k in range(b * sixteenths, b * sixteenths + sixteenths):
@@ -146,6 +158,14 @@ def _round_blocks_to_bfloat16(x_f, factor, back, out, wide, decoded, shift, e_mi
     """The same to bfloat16, to nearest even."""
     _wide_vectors()
     sixteenths = U64(wide // 16)
+    if _is_plain(top, over, inf, zero_sign):
+        for b in range(U64(x_f.size // wide)):
+            f, g = factor[b], back[b] if decoded else F32(1)
+            for k in range(b * sixteenths, b * sixteenths + sixteenths):
+                for j in range(k * U64(16), k * U64(16) + U64(16)):
+                    value = _real(_nearest_plain(x_f[j], f, shift, e_min, limit, top)) * g
+                    out[j] = _half_bits(_bits(value))
+        return
     for b in range(U64(x_f.size // wide)):
         f, g = factor[b], back[b] if decoded else F32(1)
         for k in range(b * sixteenths, b * sixteenths + sixteenths):
@@ -167,8 +187,8 @@ def _round_stochastic(x_f, factor, back, out, shift, e_min, limit, top, over, in
     """As `_stochastic_to_float32` of loops.py, column by column."""
     _wide_vectors()
     for j in range(x_f.size):
-        rounded = _stochastic(x_f[j], factor[j], shift, e_min, limit, top, over, inf, zero_sign, draws[j])
-        out[j] = _real(rounded) * back[j]
+        r, u, a = _drawn(x_f[j], factor[j], shift, e_min, limit, draws[j])
+        out[j] = _real(_finish(r, u, a, top, over, inf, zero_sign)) * back[j]
 
 
 @compiled

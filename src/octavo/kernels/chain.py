@@ -11,7 +11,8 @@ import enum
 import numpy as np
 from numba import carray
 
-from octavo.kernels.loops import AMAX, SCALE, _bits64, _real64, kernel
+from octavo.kernels.element import _bits64, _real64, kernel
+from octavo.kernels.loops import AMAX, SCALE
 from octavo.kernels.memory import at as _at
 from octavo.kernels.products import caller
 from octavo.kernels.scales import current_scale

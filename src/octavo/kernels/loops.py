@@ -3,19 +3,39 @@
 A kernel is a C function of one address, an int64 array of arguments (`Slot`), so any thread pool can run it.  Its threads draw chunks
 from a shared counter, and random bits are indexed by element, so neither threads nor chunks change a bit of the result.
 
-Legend: `x_f` and `x_i` are float32 and int32 views of the same memory; m is the format's mantissa bits; an `e` is a float32's exponent
-field left in place.  Adding and subtracting 2**(e + 23 - m) rounds to nearest even at bit m, subnormals included.
-The cast loops live in this one file, because Numba's disk cache is keyed by the file of the outermost function.
+Legend: `x_f` and `x_i` are float32 and int32 views of the same memory; the rest is as in `element.py`, whose bodies these loops inline.
+Numba's disk cache is keyed by the file of the outermost function: a change to a borrowed one wants the cache removed.
 """
 
 from __future__ import annotations
 
 import enum
-from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, njit, types
+from numba import carray
 
+from octavo.kernels.element import (
+    F32,
+    I32,
+    INF,
+    MAGNITUDE,
+    SIGN,
+    U16,
+    U32,
+    _bits,
+    _clamp,
+    _directed,
+    _drawn,
+    _finish,
+    _is_plain,
+    _magnitude64,
+    _nearest,
+    _nearest_plain,
+    _real,
+    _real64,
+    compiled,
+    kernel,
+)
 from octavo.kernels.memory import at as _at
 from octavo.kernels.memory import atomic_add as _atomic_add
 from octavo.kernels.memory import atomic_max as _atomic_max
@@ -79,90 +99,6 @@ SLOTS = len(Slot)
 FLOAT32, BFLOAT16, FLOAT16, FLOAT64, CODES = (int(kind) for kind in Kind)
 NEAREST_EVEN, TOWARD_ZERO, NEAREST_AWAY, STOCHASTIC = range(4)
 
-I32, F32, U16, U32, U64 = np.int32, np.float32, np.uint16, np.uint32, np.uint64
-MAGNITUDE, SIGN, INF, NAN = I32(0x7FFFFFFF), I32(-0x80000000), I32(0x7F800000), I32(0x7FC00000)
-
-compiled: Any = njit(cache=True, nogil=True, error_model="numpy", boundscheck=False)
-inlined: Any = njit(inline="always")
-"""For a body with a branch that the loop around it has to be split at: LLVM inlines too late for that, and then has no vectors."""
-kernel: Any = cfunc(types.void(types.int64), cache=True, error_model="numpy")
-
-
-@compiled
-def _bits(value):
-    return np.float32(value).view(np.int32)
-
-
-@compiled
-def _real(bits):
-    return np.int32(bits).view(np.float32)
-
-
-@compiled
-def _bits64(value):
-    return np.float64(value).view(np.int64)
-
-
-@compiled
-def _real64(bits):
-    return np.int64(bits).view(np.float64)
-
-
-@compiled
-def _magnitude64(value):
-    return _bits64(value) & 0x7FFFFFFFFFFFFFFF
-
-
-@compiled
-def _finish(rounded, u, a, top, over, inf, zero_sign):
-    """The bits of a rounded magnitude after overflow, Inf, NaN and the sign; `u` and `a` are the value's bits with and without it."""
-    r = over if rounded > top else rounded
-    r = inf if a == INF else r
-    r = _real(NAN) if a > INF else r
-    sign = I32(u & SIGN)
-    sign = I32(sign & zero_sign) if r == F32(0) else sign
-    return I32(_bits(r) | sign)
-
-
-@compiled
-def _nearest(x, scale, shift, e_min, limit, top, over, inf, zero_sign):
-    """One float32, scaled and rounded to nearest even at bit m: the bits of the result."""
-    u = _bits(x * scale)
-    a = I32(u & MAGNITUDE)
-    c = I32(min(a, limit))
-    magic = _real(max(I32(c & INF), e_min) + shift)
-    return _finish((_real(c) + magic) - magic, u, a, top, over, inf, zero_sign)
-
-
-@inlined
-def _parts(x, scale, shift, e_min, limit):
-    """(bits, magnitude, number of whole last places, fraction of one, what a last place is worth) of a scaled float32."""
-    up_m = I32((23 << 23) - shift)
-    u = _bits(x * scale)
-    a = I32(u & MAGNITUDE)
-    c = I32(min(a, limit))
-    e = max(I32(c & INF), e_min)
-    in_ulps = _real(c) * _real(I32(254 << 23) - e + up_m)
-    whole = np.floor(in_ulps)
-    return u, a, whole, in_ulps - whole, _real(e - up_m)
-
-
-@inlined
-def _directed(x, scale, shift, e_min, limit, top, over, inf, zero_sign, half):
-    """As `_nearest`, but up where fraction >= half."""
-    u, a, whole, fraction, ulp = _parts(x, scale, shift, e_min, limit)
-    whole += F32(1) if fraction >= half else F32(0)
-    return _finish(whole * ulp, u, a, top, over, inf, zero_sign)
-
-
-@inlined
-def _stochastic(x, scale, shift, e_min, limit, top, over, inf, zero_sign, draw):
-    """As `_nearest`, but up where fraction * 2**32 + draw carries."""
-    u, a, whole, fraction, ulp = _parts(x, scale, shift, e_min, limit)
-    likelihood = U32(fraction * F32(4294967296.0))
-    whole += F32(1) if U32(likelihood + draw) < likelihood else F32(0)
-    return _finish(whole * ulp, u, a, top, over, inf, zero_sign)
-
 
 @compiled
 def _half_bits(bits):
@@ -176,6 +112,11 @@ def _nearest_to_float32(x_f, x_i, out, scale, divisor, shift, e_min, limit, top,
     """out = nearest-even(x * scale) / divisor; returns the bits of amax(|x|), which order as the values do, NaN on top."""
     _wide_vectors()
     peak = I32(0)
+    if _is_plain(top, over, inf, zero_sign):
+        for i in range(x_f.size):
+            peak = max(peak, I32(x_i[i] & MAGNITUDE))
+            out[i] = _real(_nearest_plain(x_f[i], scale, shift, e_min, limit, top)) / divisor
+        return peak
     for i in range(x_f.size):
         peak = max(peak, I32(x_i[i] & MAGNITUDE))
         out[i] = _real(_nearest(x_f[i], scale, shift, e_min, limit, top, over, inf, zero_sign)) / divisor
@@ -187,6 +128,11 @@ def _nearest_to_bfloat16(x_f, x_i, out, scale, shift, e_min, limit, top, over, i
     """out (uint16) = nearest-even(x * scale), which bfloat16 holds exactly; returns the bits of amax(|x|)."""
     _wide_vectors()
     peak = I32(0)
+    if _is_plain(top, over, inf, zero_sign):
+        for i in range(x_f.size):
+            peak = max(peak, I32(x_i[i] & MAGNITUDE))
+            out[i] = U16(_nearest_plain(x_f[i], scale, shift, e_min, limit, top) >> I32(16))
+        return peak
     for i in range(x_f.size):
         peak = max(peak, I32(x_i[i] & MAGNITUDE))
         out[i] = U16(_nearest(x_f[i], scale, shift, e_min, limit, top, over, inf, zero_sign) >> I32(16))
@@ -209,9 +155,16 @@ def _stochastic_to_float32(x_f, x_i, out, scale, divisor, shift, e_min, limit, t
     """As `_nearest_to_float32`, stochastically."""
     _wide_vectors()
     peak = I32(0)
+    if _is_plain(top, over, inf, zero_sign):
+        for i in range(x_f.size):
+            peak = max(peak, I32(x_i[i] & MAGNITUDE))
+            r, u, a = _drawn(x_f[i], scale, shift, e_min, limit, draws[i])
+            out[i] = _real(_clamp(r, u, a, top)) / divisor
+        return peak
     for i in range(x_f.size):
         peak = max(peak, I32(x_i[i] & MAGNITUDE))
-        out[i] = _real(_stochastic(x_f[i], scale, shift, e_min, limit, top, over, inf, zero_sign, draws[i])) / divisor
+        r, u, a = _drawn(x_f[i], scale, shift, e_min, limit, draws[i])
+        out[i] = _real(_finish(r, u, a, top, over, inf, zero_sign)) / divisor
     return peak
 
 

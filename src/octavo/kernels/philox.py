@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
-from numba import njit
-
+from octavo.kernels.element import U64, compiled, inlined
 from octavo.kernels.memory import wide_vectors
 
 __all__ = ["fill_random"]
 
-U64 = np.uint64
 LOW, WORD = U64(0xFFFFFFFF), U64(32)
-inlined: Any = njit(inline="always")
-compiled: Any = njit(cache=True, nogil=True, error_model="numpy", boundscheck=False)
 
 
 @inlined

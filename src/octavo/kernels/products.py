@@ -15,16 +15,8 @@ from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 
-from octavo.kernels.loops import (
-    F32,
-    SCALE,
-    U16,
-    U32,
-    _real64,
-    _wide_vectors,
-    compiled,
-    kernel,
-)
+from octavo.kernels.element import F32, U16, U32, _real64, compiled, kernel
+from octavo.kernels.loops import SCALE, _wide_vectors
 from octavo.kernels.memory import at as _at
 from octavo.kernels.memory import atomic_add as _atomic_add
 

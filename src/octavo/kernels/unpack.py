@@ -15,23 +15,8 @@ from octavo.formats import Format
 from octavo.kernels import cpu, threads
 from octavo.kernels.block_scales import per_column
 from octavo.kernels.cpu import Buffer, Kind
-from octavo.kernels.loops import (
-    BFLOAT16,
-    F32,
-    I32,
-    INF,
-    NAN,
-    U32,
-    _at,
-    _atomic_add,
-    _bits,
-    _half_bits,
-    _real,
-    _real64,
-    _wide_vectors,
-    compiled,
-    kernel,
-)
+from octavo.kernels.element import F32, I32, INF, NAN, U32, _bits, _real, _real64, compiled, kernel
+from octavo.kernels.loops import BFLOAT16, _at, _atomic_add, _half_bits, _wide_vectors
 
 __all__ = ["unpack"]
 

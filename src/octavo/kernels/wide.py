@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import carray
 
+from octavo.kernels.element import F32, _bits64, _magnitude64, _real64, compiled, kernel
 from octavo.kernels.loops import (
     AMAX,
     BFLOAT16,
@@ -12,7 +13,6 @@ from octavo.kernels.loops import (
     CHUNK,
     CODES,
     DIVISOR,
-    F32,
     FLOAT16,
     FLOAT32,
     FLOAT64,
@@ -42,15 +42,10 @@ from octavo.kernels.loops import (
     _at,
     _atomic_add,
     _atomic_max,
-    _bits64,
     _fill_random,
     _load,
-    _magnitude64,
-    _real64,
     _store_bfloat16,
     _store_float16,
-    compiled,
-    kernel,
 )
 
 __all__ = ["cast64"]
