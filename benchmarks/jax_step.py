@@ -81,11 +81,12 @@ def stepping(model: nn.Module, x: Any, y: Any, inner: int, recipe: Recipe | None
     """`inner` training steps, each one jitted call that is given its state and hands back the next."""
     optimizer = optax.sgd(1e-3, 0.9)
 
-    def loss(variables: Any) -> Any:
+    def loss(variables: Any, x: Any, y: Any) -> Any:
         return optax.softmax_cross_entropy_with_integer_labels(model.apply(variables, x), y).mean()
 
-    def step(variables: Any, moments: Any) -> tuple[Any, Any]:
-        gradients = jax.grad(loss)(variables)
+    # The batch is an argument: of a constant XLA would fold amax and casts.
+    def step(variables: Any, moments: Any, x: Any, y: Any) -> tuple[Any, Any]:
+        gradients = jax.grad(loss)(variables, x, y)
         updates, moments = optimizer.update(gradients["params"], moments)
         own = {name: gradients[name] for name in OVERWRITTEN if name in gradients}
         return {**variables, **own, "params": optax.apply_updates(variables["params"], updates)}, moments
@@ -98,7 +99,7 @@ def stepping(model: nn.Module, x: Any, y: Any, inner: int, recipe: Recipe | None
     def run() -> None:
         with octavo.jax.autocast(enabled=recipe is not None, recipe=recipe):
             for _ in range(inner):
-                state[0] = jitted(*state[0])
+                state[0] = jitted(*state[0], x, y)
             jax.block_until_ready(state[0])
 
     return run
