@@ -115,7 +115,9 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
     missing = {name: value for name, value in state.items() if name != "conv.bias"}
     with pytest.raises(CheckpointError, match=r"the state_dict: no tensor 'conv\.bias', which the model has"):
         from_torch(missing, variables)
-    with pytest.raises(CheckpointError, match=r"'heads\.weight' is \[3, 3\], and the model's has 384 elements"):
+    with pytest.raises(
+        CheckpointError, match=r"'heads\.weight' is \[3, 3\], and the model's \[12, 32\] in PyTorch's layout"
+    ):
         from_torch({**state, "heads.weight": np.zeros((3, 3), np.float32)}, variables)
     save(path, variables)
     path.write_bytes(path.read_bytes()[:-9])

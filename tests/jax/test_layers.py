@@ -26,7 +26,7 @@ from octavo.jax import (
     fp8_autocast,
     update_collections,
 )
-from octavo.recipes import current_scaling, delayed_scaling, mxfp6, mxfp8, rowwise_high_precision_grad_weight
+from octavo.recipes import current_scaling, delayed_scaling, mxfp4, mxfp6, mxfp8, rowwise_high_precision_grad_weight
 
 KEY = jax.random.key(0)
 X = jax.random.normal(jax.random.key(1), (8, 32))
@@ -72,6 +72,110 @@ def test_transforms_leave_loss_gradients_and_the_next_state_as_they_are(transfor
     same(found["params"], gradients["params"], rtol=2e-4, atol=2e-6)
     forward = {layer: {k: v for k, v in metas.items() if k[0] != "g"} for layer, metas in found["fp8_metas"].items()}
     same(forward["fc1"], {k: v for k, v in gradients["fp8_metas"]["fc1"].items() if k[0] != "g"}, rtol=1e-6)
+
+
+class Shared(nn.Module):
+    """One layer used again inside a lifted transform."""
+
+    kind: str
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        if self.kind == "scan":
+            broadcast = ["params", "fp8_metas"]
+            turns = nn.scan(
+                lambda layer, x, _: (layer(x), None),
+                variable_broadcast=broadcast,
+                split_rngs={"params": False},
+                length=2,
+            )
+            return turns(DenseGeneral(32, name="fc1"), x, None)[0]
+        kinds: dict[str, Any] = {"plain": DenseGeneral, "remat": nn.remat(DenseGeneral), "jit": nn.jit(DenseGeneral)}
+        layer = kinds[self.kind](32, name="fc1")
+        return layer(layer(x))
+
+
+@pytest.mark.parametrize("kind", ["remat", "jit", "scan"])
+def test_a_layer_shared_with_the_inside_of_a_transform_merges_its_states(kind: str) -> None:
+    found = {}
+    with autocast(recipe=delayed_scaling(amax_history_len=4)):
+        variables = jax.jit(Shared("plain").init)(KEY, X)
+        for one in ("plain", kind):
+
+            @jax.jit
+            @jax.grad
+            def step(variables: Any, model: Any = Shared(one)) -> Any:  # noqa: B008 - of this turn
+                return jnp.mean(model.apply(octavo.jax.mergeable(variables), X) ** 2)
+
+            found[one] = step(variables)["fp8_metas"]
+    same(found[kind], found["plain"], rtol=1e-6)
+
+
+def test_nnx_layers_shared_with_the_inside_of_a_transform_merge_their_states() -> None:
+    wanted = nnx.DiffState(0, nnx.Any(nnx.Param, octavo.jax.nnx.Fp8Meta))
+
+    def plain(model: Any) -> Any:
+        model = octavo.jax.nnx.mergeable(model)
+        return jnp.mean(model(model(X)) ** 2)
+
+    def remat(model: Any) -> Any:
+        model = octavo.jax.nnx.mergeable(model)
+        call = nnx.remat(lambda layer, x: layer(x))
+        return jnp.mean(call(model, call(model, X)) ** 2)
+
+    def scanned(model: Any) -> Any:
+        model = octavo.jax.nnx.mergeable(model)
+        return jnp.mean(jax.lax.scan(lambda x, _: (model(x), None), X, None, length=2)[0] ** 2)
+
+    with autocast(recipe=delayed_scaling(amax_history_len=4)):
+        layer = octavo.jax.nnx.DenseGeneral(32, 32, rngs=nnx.Rngs(0))
+        first, *others = (
+            nnx.to_pure_dict(nnx.jit(nnx.grad(loss, argnums=wanted))(layer)) for loss in (plain, remat, scanned)
+        )
+    assert 0 < first["x_amax_history"][-1] < 10
+    for other in others:
+        same(other, first, rtol=1e-5, atol=1e-7)
+
+
+def test_models_under_vmap_keep_states_of_their_own() -> None:
+    layer = DenseGeneral(4)
+    with autocast(recipe=delayed_scaling(amax_history_len=4)):
+        variables = layer.init(KEY, X)
+        both = jax.tree.map(lambda a: jnp.stack([a, a]), variables)
+        inputs = jnp.stack([X, 100 * X])
+        step = jax.grad(lambda variables, x: jnp.mean(layer.apply(variables, x) ** 2))
+        together = jax.vmap(step)(both, inputs)
+        apart = [step(variables, x) for x in inputs]
+    same(together["fp8_metas"], jax.tree.map(lambda *a: jnp.stack(a), *apart)["fp8_metas"], rtol=1e-6)
+
+
+def test_layers_that_nn_scan_stacks_train_and_merge() -> None:
+    class Stack(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            turns = nn.scan(
+                lambda layer, x, _: (nn.relu(layer(x)), None),
+                variable_axes={"params": 0, "fp8_metas": 0},
+                split_rngs={"params": True},
+                length=3,
+            )
+            return turns(DenseGeneral(32, name="fc"), x, None)[0]
+
+    def loss(variables: Any, merge: bool) -> Any:
+        return jnp.mean(Stack().apply(octavo.jax.mergeable(variables) if merge else variables, X) ** 2)
+
+    for recipe in (delayed_scaling(amax_history_len=4), mxfp4()):
+        with autocast(recipe=recipe):
+            variables = jax.jit(Stack().init)(KEY, X)
+            plain, merged = (jax.jit(jax.grad(loss), static_argnums=1)(variables, merge) for merge in (False, True))
+        same(merged["fp8_metas"], plain["fp8_metas"], rtol=1e-6)
+        after = update_collections(plain, variables)["fp8_metas"]["fc"]
+        if recipe.stochastic:
+            assert (after["draws"][:, 2] == 1).all()
+        else:
+            both = octavo.jax.merge_fp8_metas(plain["fp8_metas"], plain["fp8_metas"])["fc"]
+            same(both, plain["fp8_metas"]["fc"])
+            assert (after["x_scale"] != 1).all()
 
 
 def test_training_neither_retraces_nor_keeps_what_it_was_given() -> None:
@@ -163,6 +267,10 @@ def test_norms_are_those_of_flax() -> None:
     assert not centred.init(KEY, X)["params"]["scale"].any()
     with pytest.raises(ValueError, match="layernorm_type is one of"):
         LayerNorm(layernorm_type="layer").init(KEY, X)
+    whole = LayerNorm().init(KEY, X)
+    np.testing.assert_allclose(
+        LayerNorm().apply(whole, jnp.arange(32)[None]), LayerNorm().apply(whole, jnp.arange(32.0)[None])
+    )
     layer = LayerNormDenseGeneral(4, return_layernorm_output=False)
     assert layer.apply(layer.init(KEY, X), X)[1] is None
 
@@ -193,6 +301,11 @@ def test_check_fp8_names_the_layer_that_does_not() -> None:
             check_fp8(Mixed().apply, variables, X)
         dense = nn.Dense(4)
         assert not check_fp8(dense.apply, dense.init(KEY, X), X)
+    with autocast():
+        layer = octavo.jax.nnx.DenseGeneral(32, 4, path="enc/fc1 (a:b)", rngs=nnx.Rngs(0))
+        assert check_fp8(layer, X)
+    with autocast(enabled=False), pytest.raises(ValueError, match=r"enc/fc1 \(a:b\) does not compute in float8"):
+        check_fp8(layer, X)
     with autocast(recipe=rowwise_high_precision_grad_weight()):
         assert check_fp8(jax.grad(loss), jax.jit(MODEL.init)(KEY, X), X)
 
@@ -214,6 +327,26 @@ def test_bad_input_is_refused_by_name() -> None:
         pytest.raises(ValueError, match=r"holds \[.*'x_scale'\], left over from another recipe than mxfp8"),
     ):
         layer.apply(variables, X)
+    with autocast(), pytest.raises(ValueError, match="DenseGeneral takes real numbers; got complex64"):
+        layer.apply(variables, X.astype(jnp.complex64))
+    for wrong, said in (
+        ((), r"activations are one function or more, such as \('gelu',\); got \(\)"),
+        ("gelu", "activations are one function or more"),
+        (("gelo",), "got 'gelo'; did you mean 'gelu'"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            LayerNormMLP(8, activations=wrong).init(KEY, X)
+
+    class Nested(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            with autocast(recipe=delayed_scaling(margin=3)):
+                return DenseGeneral(4, name="inner")(x)
+
+    with autocast():
+        nested = Nested().init(KEY, X)
+        with pytest.raises(ValueError, match="inner runs in delayed_scaling, and mergeable was called for"):
+            Nested().apply(octavo.jax.mergeable(nested), X)
     with pytest.raises(ValueError, match="recipe is a Recipe such as"):
         autocast(recipe="mxfp8")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"mesh_resource is an octavo\.jax\.MeshResource; got str"):

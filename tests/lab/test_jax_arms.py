@@ -13,6 +13,7 @@ import torch
 
 import octavo
 import octavo.jax
+from octavo.jax import operands
 from octavo.lab import checkpoint
 from octavo.lab.arms import ARMS, ArmResult, Framework
 from octavo.lab.compare import CompareConfig, Comparison, run
@@ -106,19 +107,23 @@ def test_a_checkpoint_of_either_framework_goes_on_in_the_other(folder: Path, dat
 
 
 def test_the_codes_of_weights_and_first_inputs_are_the_same(data: Dataset) -> None:
-    """At step 1, under each recipe, of both layers' weights and of the images."""
+    """At step 1: the operands that the JAX layer multiplies, and PyTorch's codes, of both layers' weights and of the images."""
     _, variables = build(ModelName.MLP, seed=1)
     model = build_torch(ModelName.MLP, seed=1)
     x = prepare(data).train_inputs[:128].reshape(128, -1)
-    for recipe in (octavo.recipes.current_scaling(), octavo.recipes.mxfp8()):
+    for recipe in (delayed_scaling(), octavo.recipes.current_scaling(), octavo.recipes.mxfp8()):
         left, right = recipe.output.left, recipe.output.right
-        pairs = [(x, torch.from_numpy(np.array(x)), left)]
+        cases = [(x, torch.from_numpy(np.array(x)), left)]
         for layer in ("fc1", "fc2"):
-            pairs.append((variables["params"][layer]["kernel"].T, model.get_submodule(layer).weight.detach(), right))
-        for ours, theirs, spec in pairs:
-            mine, other = (octavo.QTensor.encode(tensor, spec) for tensor in (ours, theirs))
-            np.testing.assert_array_equal(np.asarray(mine.codes), other.codes.numpy())
-            np.testing.assert_array_equal(np.asarray(mine.scales), other.scales.numpy())
+            cases.append((variables["params"][layer]["kernel"].T, model.get_submodule(layer).weight.detach(), right))
+        for ours, theirs, spec in cases:
+            one = jnp.float32(1) if recipe.delayed else None
+            held = jax.jit(lambda x, spec=spec, one=one: operands.cast(x, spec, axis=1, scale=one))(ours)
+            other = octavo.QTensor.encode(theirs, spec)
+            np.testing.assert_array_equal(np.asarray(held.values).view(np.uint8), other.codes.numpy())
+            if held.scales is not None:
+                exponents = np.log2(np.asarray(held.scales)).astype(int) + 127
+                np.testing.assert_array_equal(exponents, other.scales.numpy())
 
 
 @pytest.mark.parametrize("padding", ["SAME", "VALID", ((1, 2), (0, 1))])

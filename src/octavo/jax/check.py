@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
+from urllib.parse import unquote
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
@@ -13,7 +14,7 @@ from octavo.jax.dot import SCOPE
 
 __all__ = ["check_fp8"]
 
-_PLACE = re.compile(rf"{SCOPE}:([^:()/]+):(\w+)")
+_PLACE = re.compile(rf"{SCOPE}:([^:()/]*):(\w+)")
 _KEEPING = {
     "broadcast_in_dim",
     "convert_element_type",
@@ -77,7 +78,7 @@ def _walk(jaxpr: Jaxpr, given: list[bool], outer: str, found: list[tuple[str, st
             named = _PLACE.findall(place)
             if named:
                 dtypes = [_dtype(var) for var, good in zip(eqn.invars, inputs, strict=True) if not good]
-                found.append((*named[-1], dtypes))
+                found.append((unquote(named[-1][0]), named[-1][1], dtypes))
         elif eqn.primitive.name in _KEEPING:
             outputs = [any(inputs)] * len(outputs)
         for inner in _jaxprs(eqn):

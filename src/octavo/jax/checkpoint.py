@@ -55,56 +55,73 @@ def load(path: str | os.PathLike[str], like: Mapping[str, Any]) -> tuple[Any, di
 def to_torch(variables: Mapping[str, Any]) -> dict[str, Any]:
     """NumPy arrays of a PyTorch `state_dict` from collections of variables; kernels over several axes become matrices.
 
-    Raises CheckpointError for a kernel that neither is 2-dimensional, nor a convolution's, nor a dense layer's with its bias.
+    A kernel of 4 or 5 axes is a convolution's, as is one of 3 in a layer that is called so, unless the layer has 8-bit metadata or a
+    bias of several axes.  Raises CheckpointError for metadata of layers that `nn.scan` stacked, for which PyTorch has no name.
     """
     state: dict[str, Any] = {}
-    for collection, tree in meta.unbox(unfreeze(dict(variables))).items():
+    variables = unfreeze(dict(variables))
+    dense = _dense(variables)
+    for collection, tree in meta.unbox(variables).items():
         flat = flatten_dict(tree)
         if collection == FP8_COLLECTION:
             for layer in dict.fromkeys(path[:-1] for path in flat):
                 metas = {path[-1]: np.asarray(value) for path, value in flat.items() if path[:-1] == layer}
+                if any(value.ndim > 1 for value in metas.values()):
+                    raise CheckpointError(
+                        f"{'.'.join(layer)}: layers stacked by nn.scan or nn.vmap have no names in PyTorch; unstack the variables first"
+                    )
                 state |= {".".join((*layer, name)): value for name, value in _state_of(metas, ".".join(layer)).items()}
             continue
         for path, value in flat.items():
             *layer, name = path if collection == "params" else (collection, *path)
             array = np.asarray(value)
             if collection == "params":
-                name, array = _PARAMETERS.get(name, name), _turned(array, path, flat)
+                name, array = _PARAMETERS.get(name, name), _turned(array, path, flat, dense)
             state[".".join((*layer, name))] = np.ascontiguousarray(array)
     return state
 
 
-def _outputs(path: tuple[str, ...], shape: tuple[int, ...], params: Mapping[tuple[str, ...], Any]) -> int:
-    """How many of a kernel's last axes are the layer's features: as many as its bias has, else one."""
+_Tree = Mapping[tuple[str, ...], Any]
+
+
+def _outputs(path: tuple[str, ...], params: _Tree) -> int:
+    """How many of a kernel's last axes are the layer's features: as many as its bias has, else one, but two in a LayerNormMLP's first."""
     bias = params.get((*path[:-1], "bias"))
-    return np.ndim(bias) if bias is not None else 1
+    if bias is None:
+        return 2 if path[-3:-1] == ("wi", "dense") else 1
+    return len(bias.shape)
 
 
-def _is_convolution(shape: tuple[int, ...], outputs: int, path: tuple[str, ...]) -> bool:
-    """A kernel [height, width, in, out] (or of 1 or 3 dimensions in space) of a layer that Flax or its author calls a convolution."""
-    return len(shape) > 2 and outputs == 1 and any("conv" in part.lower() for part in path)
+def _is_convolution(path: tuple[str, ...], params: _Tree, dense: set[tuple[str, ...]]) -> bool:
+    """A kernel [height, width, in, out], or of 1 or 3 dimensions in space, where the layer has no 8-bit metadata and no further axes of
+    features; one of 1 dimension has to be called a convolution, since dense layers over two axes look alike."""
+    axes = len(params[path].shape)
+    if axes < 3 or _outputs(path, params) > 1 or path[:-1] in dense:
+        return False
+    return axes > 3 or any("conv" in part.lower() for part in path)
 
 
-def _turned(array: Any, path: tuple[str, ...], params: Mapping[tuple[str, ...], Any]) -> Any:
+def _turned(array: Any, path: tuple[str, ...], params: _Tree, dense: set[tuple[str, ...]]) -> Any:
     """A parameter in PyTorch's layout."""
     if path[-1] == "bias":
         return array.reshape(-1)
     if path[-1] != "kernel":
         return array
-    outputs = _outputs(path, array.shape, params)
-    if _is_convolution(array.shape, outputs, path):
+    if _is_convolution(path, params, dense):
         return np.moveaxis(array, (-1, -2), (0, 1))
-    return array.reshape(math.prod(array.shape[: array.ndim - outputs]), -1).T
+    return array.reshape(math.prod(array.shape[: array.ndim - _outputs(path, params)]), -1).T
 
 
-def _returned(tensor: Any, like: Any, path: tuple[str, ...], params: Mapping[tuple[str, ...], Any]) -> Any:
-    """A parameter from PyTorch's layout; its size is that of `like`."""
-    shape = np.shape(like)
-    if path[-1] != "kernel":
-        return tensor.reshape(shape)
-    if _is_convolution(shape, _outputs(path, shape, params), path):
+def _returned(tensor: Any, path: tuple[str, ...], params: _Tree, dense: set[tuple[str, ...]]) -> Any:
+    """A parameter from PyTorch's layout."""
+    if path[-1] == "kernel" and _is_convolution(path, params, dense):
         return np.moveaxis(tensor, (0, 1), (-1, -2))
-    return tensor.T.reshape(shape)
+    return (tensor.T if path[-1] == "kernel" else tensor).reshape(params[path].shape)
+
+
+def _dense(variables: Mapping[str, Any]) -> set[tuple[str, ...]]:
+    """The layers that have 8-bit metadata."""
+    return {path[:-1] for path in flatten_dict(meta.unbox(variables.get(FP8_COLLECTION, {})))}
 
 
 def _state_of(metas: Mapping[str, Any], layer: str) -> dict[str, Any]:
@@ -130,20 +147,22 @@ def _metas_from(state: Mapping[str, Any], layer: str, like: Mapping[str, Any]) -
         for column, tensor in enumerate(tensors):
             for name, stored in ((f"{NAMES[tensor]}_scale", scales), (f"{NAMES[tensor]}_amax_history", history)):
                 if name in like:
-                    yield name, _column(stored, column, like[name])
+                    yield name, _column(stored, column, like[name].shape[0], name)
     if "draws" in like:
-        seed, step = (int(word) for word in state.get(f"{layer}draws", (0, 0)))
-        words = [seed & 0xFFFF, seed >> 16 & 0xFFFF, step & 0xFFFF, step >> 16 & 0xFFFF]
+        words = fresh_draws(layer.removesuffix("."))
+        if f"{layer}draws" in state:
+            seed, step = (int(word) for word in state[f"{layer}draws"])
+            words = [seed & 0xFFFF, seed >> 16 & 0xFFFF, step & 0xFFFF, step >> 16 & 0xFFFF]
         yield "draws", jnp.array(words, jnp.float32)
 
 
-def _column(stored: Any, column: int, like: Array) -> Array:
-    """A tensor's scale or history; of a history of another length the newest rows, and row 0."""
+def _column(stored: Any, column: int, wanted: int, name: str) -> Array:
+    """A tensor's scale or history, fresh where there is none; of a history of another length the newest rows, and row 0."""
     if stored is None or not len(stored):
-        return like
+        return jnp.ones(1, jnp.float32) if name.endswith("_scale") else jnp.zeros(wanted, jnp.float32)
     if stored.ndim == 1:
         return jnp.asarray(stored[column : column + 1])
-    own, wanted = stored[:, column], len(like)
+    own = stored[:, column]
     kept = min(len(own), wanted) - 1
     padded = np.zeros(wanted, np.float32)
     padded[wanted - kept :] = own[len(own) - kept :] if kept else ()
@@ -154,10 +173,11 @@ def _column(stored: Any, column: int, like: Array) -> Array:
 def from_torch(state: Mapping[str, Any], like: Mapping[str, Any], *, source: str = "the state_dict") -> Any:
     """Variables of the structure, shapes and dtypes of `like` from a PyTorch `state_dict` of arrays; what it holds beside is left out.
 
-    Metadata that state does not have is fresh, as in `like`.  Returns a FrozenDict where like is one.
-    Raises CheckpointError, by the tensor's name, for a parameter that is not there or has another size.
+    Metadata that state does not have is fresh.  Returns a FrozenDict where like is one.
+    Raises CheckpointError, by the tensor's name, for a parameter that is not there or has another shape.
     """
     found: dict[str, Any] = {}
+    dense = _dense(unfreeze(dict(like)))
     for collection, tree in unfreeze(dict(like)).items():
         flat = flatten_dict(meta.unbox(tree))
         if collection == FP8_COLLECTION:
@@ -169,20 +189,27 @@ def from_torch(state: Mapping[str, Any], like: Mapping[str, Any], *, source: str
         for path, value in flat.items():
             *layer, name = path if collection == "params" else (collection, *path)
             key = ".".join((*layer, _PARAMETERS.get(name, name) if collection == "params" else name))
-            array = _fetched(state, key, value, source)
-            array = _returned(array, value, path, flat) if collection == "params" else array
+            array = _fetched(state, key, source)
+            if collection == "params":
+                wanted = _turned(np.empty(value.shape, np.bool_), path, flat, dense).shape
+                _check_shape(array, wanted, key, source)
+                array = _returned(array, path, flat, dense)
+            else:
+                _check_shape(array, value.shape, key, source)
             flat[path] = jnp.asarray(array, value.dtype)
         found[collection] = meta.replace_boxed(tree, unflatten_dict(flat))
     return FrozenDict(found) if isinstance(like, FrozenDict) else found
 
 
-def _fetched(state: Mapping[str, Any], key: str, like: Any, source: str) -> Any:
+def _fetched(state: Mapping[str, Any], key: str, source: str) -> Any:
     if key not in state:
         raise CheckpointError(f"{source}: no tensor {key!r}, which the model has; give the checkpoint of this model")
-    array = np.asarray(state[key])
-    if array.size != np.size(like):
+    return np.asarray(state[key])
+
+
+def _check_shape(array: Any, wanted: tuple[int, ...], key: str, source: str) -> None:
+    if array.shape != wanted:
         raise CheckpointError(
-            f"{source}: {key!r} is {list(array.shape)}, and the model's has {np.size(like)} elements, {list(np.shape(like))} in "
-            "Flax's layout; give the checkpoint of this model"
+            f"{source}: {key!r} is {list(array.shape)}, and the model's {list(wanted)} in PyTorch's layout; give the checkpoint of this "
+            "model"
         )
-    return array

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import FrozenDict
 from jax import Array
 
 from octavo.jax.context import current
-from octavo.jax.state import AMAXES, FP8_COLLECTION, check, larger, merging, opened
+from octavo.jax.state import AMAXES, FP8_COLLECTION, amaxes_of, check, larger
 from octavo.kernels.xla_floats import FLOAT32
+from octavo.recipes import Recipe
 
 __all__ = ["merge_fp8_metas", "mergeable", "update_collections", "update_fp8_metas"]
 
@@ -56,34 +58,41 @@ def merge_fp8_metas(one: Any, other: Any) -> Any:
             merged[name] = larger(mine, theirs)
         elif name.endswith("_scale"):
             history = f"{name.removesuffix('_scale')}_amax_history"
-            merged[name] = _merged_scale(mine, theirs, _bits(one[history])[-1], _bits(other[history])[-1])
+            newest, their_newest = (_bits(side[history])[..., -1:] for side in (one, other))
+            merged[name] = _merged_scale(mine, theirs, newest, their_newest)
         else:
             assert name == "draws", name
-            merged[name] = jnp.where(mine[2] + mine[3] * 65536 >= theirs[2] + theirs[3] * 65536, mine, theirs)
+            later = [draws[..., 2:3] + draws[..., 3:] * 65536 for draws in (mine, theirs)]
+            merged[name] = jnp.where(later[0] >= later[1], mine, theirs)
     return merged
 
 
 def mergeable(variables: Any) -> Any:
-    """Variables for a loss that applies a model several times, as to the micro-batches of a `lax.scan`: gradients then merge as
-    `merge_fp8_metas` does, where they would add up.
+    """Variables for a loss in which layers run several times, so that their states merge as in `merge_fp8_metas` and do not add up.
 
-    variables: collections by name; the result is a dict, for use inside the differentiated function and inside `autocast`.
-    Within one application of a model, several calls of one layer merge by themselves.
+    For a model that is applied more than once, as to the micro-batches of a `lax.scan`, and for a layer that is used both outside and
+    inside of `nn.remat`, `nn.jit` or another transform, or in a `nn.scan` that broadcasts it.  Several calls of a layer in one trace
+    merge by themselves.  variables: collections by name; the result is a dict, for use inside the differentiated function and inside
+    `autocast`, whose recipe is to be that of each layer with metadata.
     """
     _require_mapping(variables)
     frame = current()
     if frame is None or not frame.enabled or FP8_COLLECTION not in variables:
         return dict(variables)
+    return {**variables, FP8_COLLECTION: _with_amaxes(variables[FP8_COLLECTION], frame.recipe, "")}
 
-    def with_amaxes(metas: Mapping[str, Any], path: str) -> dict[str, Any]:
-        if any(not isinstance(value, Mapping) for value in metas.values()):
-            assert frame is not None
-            check(metas, frame.recipe, path)
-            own = {name: value for name, value in metas.items() if name != AMAXES}
-            return own | {AMAXES: merging(opened(frame.recipe, own))}
-        return {name: with_amaxes(value, f"{path}.{name}".lstrip(".")) for name, value in metas.items()}
 
-    return {**variables, FP8_COLLECTION: with_amaxes(variables[FP8_COLLECTION], "")}
+def _with_amaxes(metas: Mapping[str, Any], recipe: Recipe, path: str) -> dict[str, Any]:
+    if all(isinstance(value, Mapping) for value in metas.values()):
+        return {name: _with_amaxes(value, recipe, f"{path}.{name}".lstrip(".")) for name, value in metas.items()}
+    own = {name: value for name, value in metas.items() if name != AMAXES}
+    check(jax.tree.map(lambda array: array[(0,) * _stacked(own)], own), recipe, path)
+    return own | {AMAXES: amaxes_of(recipe, own, _stacked(own))}
+
+
+def _stacked(metas: Mapping[str, Any]) -> int:
+    """How many axes of layers, as `nn.scan` and `nn.vmap` stack them, a layer's metadata has before its own."""
+    return max(jnp.ndim(array) for array in metas.values()) - 1
 
 
 def _require_mapping(collections: Any) -> None:
@@ -113,7 +122,7 @@ def _kept(new: Any, old: Any) -> Any:
 
 
 def _touched(metas: Mapping[str, Any], name: str) -> Any:
-    """Whether a backward pass wrote what stands under a name: scales are positive, and steps of draws at least 1."""
+    """Whether a backward pass wrote what stands under a name, bool [..., 1]: scales are positive, and steps of draws at least 1."""
     if name == "draws":
-        return jnp.any(metas[name][2:] > np.float32(0))
-    return metas[f"{name.removesuffix('_scale').removesuffix('_amax_history')}_scale"][0] != 0
+        return jnp.any(metas[name][..., 2:] > np.float32(0), -1, keepdims=True)
+    return metas[f"{name.removesuffix('_scale').removesuffix('_amax_history')}_scale"] != 0

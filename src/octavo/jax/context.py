@@ -65,6 +65,7 @@ class autocast(contextlib.ContextDecorator):
         return autocast(frame.enabled, frame.recipe, frame.mesh_resource)
 
     def __enter__(self) -> None:
+        check_mesh_resource(self.frame.mesh_resource)
         entered = _active(self.frame)
         entered.__enter__()
         self._entered.append(entered)

@@ -15,8 +15,8 @@ from flax.core import tracers
 from jax import Array, lax
 
 from octavo.jax.context import HighPrecisionWarning, current
-from octavo.jax.dot import SCOPE, Plan, linear
-from octavo.jax.mesh import MeshResource, check_kernel, check_tokens
+from octavo.jax.dot import Plan, linear, scope_of
+from octavo.jax.mesh import check_batch, check_mesh, check_parameter
 from octavo.jax.state import AMAXES, FP8_COLLECTION, NAMES, check, fresh, merged, opened, tensors_of
 from octavo.recipes import Recipe
 
@@ -75,6 +75,7 @@ def dense(
     metas: Mapping[str, Any],
     owner: Any,
     kernel_axes: Sequence[str | None] = (),
+    bias_axes: Sequence[str | None] = (),
 ) -> Array:
     """`x` with its axes contracted with the kernel's first ones, plus bias: [*the other axes of x, *features], in the dtype of x.
 
@@ -83,7 +84,10 @@ def dense(
     Outside an enabled `autocast` in high precision; with metadata, and no `autocast` at all, HighPrecisionWarning says so.
     Raises ValueError where metadata is not that of the recipe, or shapes do not fit the mesh.
     """
-    x = jnp.asarray(x) if dtype is None else jnp.asarray(x, dtype)
+    x = jnp.asarray(x)
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        raise ValueError(f"{layer} takes real numbers; got {x.dtype}: give the real and the imaginary part as features")
+    x = x if dtype is None else x.astype(dtype)
     x = x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32)
     others = [one for one in range(x.ndim) if one not in axes]
     leading = tuple(x.shape[one] for one in others)
@@ -94,7 +98,11 @@ def dense(
         if frame is None and metas:
             _warn(layer)
         return _high_precision(rows, matrix, flat, layer).reshape(*leading, *shape.features)
-    _check_mesh(layer, x.shape, kernel.shape, kernel_axes, frame.mesh_resource)
+    check_mesh(layer, frame.mesh_resource)
+    check_parameter(layer, "kernel", kernel_axes, kernel.shape, frame.mesh_resource)
+    check_parameter(layer, "bias", bias_axes, shape.features, frame.mesh_resource)
+    if 0 in others and not hasattr(x, "batch_dim"):  # of an example under vmap the first axis is no batch
+        check_batch(layer, x.shape[0], frame.mesh_resource)
     check(metas, frame.recipe, layer)
     plan = _plan(frame.recipe, layer, rows.dtype, frame.mesh_resource.axes)
     scales = {tensor: metas[f"{NAMES[tensor]}_scale"] for tensor in tensors_of(frame.recipe)}
@@ -115,17 +123,9 @@ def _warn(layer: str) -> None:
 
 
 def _high_precision(x: Array, kernel: Array, bias: Array | None, layer: str) -> Array:
-    with jax.named_scope(f"{SCOPE}:{layer}:output"):
+    with scope_of(layer, "output"):
         y = lax.dot_general(x, kernel.astype(x.dtype), (((1,), (0,)), ((), ())))
     return y if bias is None else y + bias.astype(x.dtype)
-
-
-def _check_mesh(
-    layer: str, x: Sequence[int], kernel: Sequence[int], axes: Sequence[str | None], resource: MeshResource
-) -> None:
-    if resource.axes:
-        check_kernel(layer, axes, kernel, resource)
-        check_tokens(layer, x, resource)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -141,7 +141,7 @@ def _amaxes(owner: Any, recipe: Recipe, metas: dict[str, Any]) -> Array | None:
     """What a call hands its amaxes back by: what the last call with the same variables in the same trace left, so that they merge."""
     if not metas:
         return None
-    first = next(iter(metas.values()))
+    first = _first(metas)
     found = _calls.get((id(owner), id(first)))
     if (
         found is not None
@@ -152,13 +152,18 @@ def _amaxes(owner: Any, recipe: Recipe, metas: dict[str, Any]) -> Array | None:
     ):
         return found[4]
     if AMAXES in metas:
-        return merged(metas[AMAXES])
+        return merged(metas[AMAXES].array)
     return opened(recipe, metas)
+
+
+def _first(metas: Mapping[str, Any]) -> Any:
+    """The array that stands for a layer's metadata; None where there is none."""
+    return next((value for name, value in metas.items() if name != AMAXES), None)
 
 
 def _pass_on(owner: Any, recipe: Recipe, metas: dict[str, Any], amaxes: Array | None) -> None:
     """Leave amaxes to the next call.  Variables that are not traced have no gradient, and so none."""
-    first = next(iter(metas.values()), None)
+    first = _first(metas)
     if amaxes is None or not isinstance(first, jax.core.Tracer):
         return
     key = id(owner), id(first)

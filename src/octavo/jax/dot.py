@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +16,22 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
 from octavo.jax.mesh import max_over_mesh, summed_like
-from octavo.jax.operands import Operand, amax, as_decoded, cast, seed_words
+from octavo.jax.operands import Operand, amax_for, as_decoded, cast, seed_words
 from octavo.jax.products import check_accumulator, product
 from octavo.jax.state import larger, tensors_of
 from octavo.recipes import Recipe
 from octavo.scaling import Block, BlockScale
 from octavo.table import TensorSpec
 
-__all__ = ["SCOPE", "Plan", "linear"]
+__all__ = ["SCOPE", "Plan", "linear", "scope_of"]
 
 SCOPE = "octavo"
 """What the name scopes of GEMMs begin with: `octavo:<layer>:<gemm>` where the recipe casts both operands."""
+
+
+def scope_of(layer: str, gemm: str) -> Any:
+    """The name scope of a layer's GEMM: whatever the layer is called, one part of a path."""
+    return jax.named_scope(f"{SCOPE}:{quote(layer, safe='')}:{gemm}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +62,7 @@ class Plan:
         """The name scope of a GEMM."""
         row = getattr(self.recipe, gemm)
         whole = row.left is not None and row.right is not None
-        return jax.named_scope(f"{SCOPE}:{self.layer}:{gemm}" if whole else gemm)
+        return scope_of(self.layer, gemm) if whole else jax.named_scope(gemm)
 
 
 def _once(one: TensorSpec | None, other: TensorSpec | None) -> bool:
@@ -112,11 +118,12 @@ def _output(
     """The output, the operands, and the result before its cast."""
     row = plan.recipe.output
     with plan.scope("output"):
-        left = cast(input, row.left, axis=1, scale=_scale(scales, "input"), seed=seed, number=0)
-        right = cast(kernel, row.right, axis=0, scale=_scale(scales, "weight"), seed=seed, number=1)
+        how: Any = {"seed": seed, "axes": plan.axes}
+        left = cast(input, row.left, axis=1, scale=_scale(scales, "input"), number=0, **how)
+        right = cast(kernel, row.right, axis=0, scale=_scale(scales, "weight"), number=1, **how)
         wide = product(left, right, row.accumulator)
         y = wide if bias is None else wide + bias.astype(jnp.float32)
-        output = as_decoded(y, row.result, dtype=plan.dtype, scale=_scale(scales, "output"), seed=seed, number=2)
+        output = as_decoded(y, row.result, dtype=plan.dtype, scale=_scale(scales, "output"), number=2, **how)
     return output, left, right, y
 
 
@@ -127,7 +134,7 @@ def _forward(plan: Plan, *arguments: Any) -> tuple[tuple[Array, Array | None], _
     )
     seed = seed_words(draws, advance=True)
     output, left, right, y = _output(plan, input, kernel, bias, scales, seed)
-    gathered = _gathered(plan, {"input": input, "weight": kernel, "output": y})
+    gathered = _gathered(plan, {"input": input, "weight": kernel, "output": y}, scales)
     held = _Held(
         input=left if plan.input_once else input,
         kernel=right if plan.weight_once else kernel,
@@ -140,9 +147,10 @@ def _forward(plan: Plan, *arguments: Any) -> tuple[tuple[Array, Array | None], _
     return (output, amaxes), held
 
 
-def _gathered(plan: Plan, tensors: dict[str, Any]) -> dict[str, Array]:
-    """The amaxes of those tensors whose scaling is delayed, over the mesh."""
-    return {name: max_over_mesh(amax(x), plan.axes) for name, x in tensors.items() if name in plan.recipe.maxima}
+def _gathered(plan: Plan, tensors: dict[str, Any], scales: dict[str, Array]) -> dict[str, Array]:
+    """The amaxes of those tensors whose scaling is delayed, over the mesh; scales: by which to tell the states apart under `vmap`."""
+    held = {name: x for name, x in tensors.items() if name in plan.recipe.maxima}
+    return {name: max_over_mesh(amax_for(x, scales[name]), plan.axes) for name, x in held.items()}
 
 
 def _backward(plan: Plan, held: _Held, gradients: tuple[Any, Any]) -> tuple[Any, ...]:
@@ -181,7 +189,7 @@ def _gradients(plan: Plan, held: _Held, grad_output: Array, later: Array | None)
         wide = jnp.promote_types(grad_output.dtype, jnp.float32)
         grad_bias = jnp.sum(grad_output, 0, dtype=wide).astype(bias_like.dtype)
     if amaxes_like is not None:
-        gathered = {**held.amaxes, **_gathered(plan, {"grad_output": grad_output, "grad_input": y})}
+        gathered = {**held.amaxes, **_gathered(plan, {"grad_output": grad_output, "grad_input": y}, held.scales)}
         ran = jnp.ones((), jnp.float32)
         amaxes = jnp.stack([*(gathered[tensor] for tensor in tensors_of(plan.recipe)), ran])
         amaxes = amaxes if later is None else larger(amaxes, later)
@@ -196,36 +204,36 @@ def _grad_input(
     if held.grad_input is None:
         return None, jnp.zeros((), jnp.float32), None
     with plan.scope("grad_input"):
-        left = cast(grad_output, row.left, axis=1, scale=_scale(held.scales, "grad_output"), seed=held.seed, number=3)
+        how: Any = {"seed": held.seed, "axes": plan.axes}
+        left = cast(grad_output, row.left, axis=1, scale=_scale(held.scales, "grad_output"), number=3, **how)
         right = (
             held.kernel.turned()
             if plan.weight_once
-            else cast(held.kernel, row.right, axis=1, scale=_scale(held.scales, "weight"), seed=held.seed, number=4)
+            else cast(held.kernel, row.right, axis=1, scale=_scale(held.scales, "weight"), number=4, **how)
         )
         y = product(left, right, row.accumulator)
         scale = _scale(held.scales, "grad_input")
-        return as_decoded(y, row.result, dtype=dtype, scale=scale, seed=held.seed, number=5), y, left
+        return as_decoded(y, row.result, dtype=dtype, scale=scale, number=5, **how), y, left
 
 
 def _grad_kernel(plan: Plan, held: _Held, grad_output: Array, once: Operand | None) -> Array:
     """grad_weight, transposed."""
     row = plan.recipe.grad_weight
     with plan.scope("grad_weight"):
+        how: Any = {"seed": held.seed, "axes": plan.axes}
         left = (
             once.turned()
             if once is not None and plan.grad_output_once
-            else cast(grad_output, row.left, axis=0, scale=_scale(held.scales, "grad_output"), seed=held.seed, number=6)
+            else cast(grad_output, row.left, axis=0, scale=_scale(held.scales, "grad_output"), number=6, **how)
         )
         right = (
             held.input.turned()
             if plan.input_once
-            else cast(held.input, row.right, axis=0, scale=_scale(held.scales, "input"), seed=held.seed, number=7)
+            else cast(held.input, row.right, axis=0, scale=_scale(held.scales, "input"), number=7, **how)
         )
         if row.result is None:
             return product(right, left, row.accumulator)
-        return as_decoded(
-            product(left, right, row.accumulator), row.result, dtype=jnp.float32, seed=held.seed, number=8
-        ).T
+        return as_decoded(product(left, right, row.accumulator), row.result, dtype=jnp.float32, number=8, **how).T
 
 
 linear.defvjp(_forward, _backward, symbolic_zeros=True)

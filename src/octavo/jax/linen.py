@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from octavo.jax.dense import Shape, contracted, dense, dense_kernel_init, fresh_metas, tuple_of
-from octavo.jax.norm import Normalization, activation, normalized
+from octavo.jax.norm import Normalization, activations, normalized
 from octavo.jax.state import FP8_COLLECTION
 
 __all__ = ["DenseGeneral", "LayerNorm", "LayerNormDenseGeneral", "LayerNormMLP"]
@@ -66,6 +67,7 @@ class DenseGeneral(nn.Module):
             metas=self._metas(layer),
             owner=self.scope.root,
             kernel_axes=self.kernel_axes,
+            bias_axes=self.bias_axes if self.use_bias else (),
         )
 
     def _metas(self, layer: str) -> Any:
@@ -183,6 +185,7 @@ class LayerNormMLP(nn.Module):
     @nn.compact
     def __call__(self, inputs: Any, deterministic: bool = True) -> tuple[Array, Array | None]:
         """inputs: [..., features]; the output has the same shape."""
+        functions = activations(self.activations, ".".join(self.path) or type(self).__name__)
         hidden, normal = LayerNormDenseGeneral(
             features=(len(self.activations), self.intermediate_dim),
             enable_layernorm=self.enable_layernorm,
@@ -199,9 +202,7 @@ class LayerNormMLP(nn.Module):
             kernel_init=self.kernel_init,
             name="wi",
         )(inputs)
-        gated = activation(self.activations[0])(hidden[..., 0, :])
-        for number, function in enumerate(self.activations[1:], 1):
-            gated = gated * activation(function)(hidden[..., number, :])
+        gated = math.prod(function(hidden[..., number, :]) for number, function in enumerate(functions))
         gated = nn.Dropout(self.intermediate_dropout_rate)(gated, deterministic=deterministic)
         output = DenseGeneral(
             features=jnp.shape(inputs)[-1],

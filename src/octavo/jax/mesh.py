@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -15,11 +16,13 @@ __all__ = [
     "LOGICAL_AXES",
     "MeshResource",
     "ShardingResource",
-    "check_kernel",
+    "check_batch",
+    "check_mesh",
     "check_mesh_resource",
-    "check_tokens",
+    "check_parameter",
     "max_over_mesh",
     "summed_like",
+    "varying_like",
 ]
 
 
@@ -39,6 +42,8 @@ class MeshResource:
         for name, axis in self.named():
             if not isinstance(axis, str):
                 raise ValueError(f"{name} is the name of a mesh axis, or None; got {axis!r}")
+        if self.tp_resource is not None and self.tp_resource in (self.dp_resource, self.fsdp_resource):
+            raise ValueError(f"tp_resource={self.tp_resource!r} is the batch's axis, too; give each an axis of its own")
 
     def named(self) -> list[tuple[str, str]]:
         """(resource, axis) of those that are set."""
@@ -101,17 +106,39 @@ def _bound() -> tuple[str, ...]:
     return tuple(jax.sharding.get_abstract_mesh().manual_axes)
 
 
-def check_kernel(layer: str, axes: Sequence[str | None], shape: Sequence[int], resource: MeshResource) -> None:
-    """Raise ValueError where a kernel's logical axes do not fit its shape, or its shape not the mesh.
+def check_mesh(layer: str, resource: MeshResource) -> None:
+    """Raise ValueError where a layer cannot run on the active mesh: its axes are Explicit, or the code runs inside of some (`shard_map`)
+    that resource does not name, over which amaxes would then not be taken."""
+    check_mesh_resource(resource)
+    if explicit := list(jax.sharding.get_abstract_mesh().explicit_axes):
+        raise ValueError(
+            f"{layer}: the mesh's axes {explicit} are Explicit, as jax.make_mesh makes them; make it with "
+            f"axis_types=(jax.sharding.AxisType.Auto,) * {len(_sizes())}"
+        )
+    if unnamed := sorted(set(_bound()) - set(resource.axes)):
+        raise ValueError(
+            f"{layer} runs inside shard_map over {unnamed}, which mesh_resource does not name; give autocast "
+            f"mesh_resource=MeshResource(dp_resource={unnamed[0]!r}) or what the axis is for"
+        )
+
+
+def check_parameter(
+    layer: str, name: str, axes: Sequence[str | None], shape: Sequence[int], resource: MeshResource
+) -> None:
+    """Raise ValueError where a parameter's logical axes are unknown or do not fit its shape, or its shape not the mesh.
 
     axes: one logical axis for each dimension of shape, or none at all.
     """
     if not axes:
         return
     if len(axes) != len(shape):
-        raise ValueError(f"{layer}: axes name each dimension of {tuple(shape)}; got {tuple(axes)}")
+        raise ValueError(f"{layer}: {name}_axes name each dimension of {tuple(shape)}; got {tuple(axes)}")
     sizes, rules = _sizes(), dict(resource.rules())
     for axis, size in zip(axes, shape, strict=True):
+        if axis is not None and axis not in rules and axis not in sizes:
+            raise ValueError(
+                f"{layer}: {name}_axes are logical axes, of {sorted(rules)}; got {axis!r}{nearest(axis, rules)}"
+            )
         along = rules.get(axis) if axis is not None else None
         if isinstance(along, str) and along in sizes and along not in _bound() and size % sizes[along]:
             raise ValueError(
@@ -120,16 +147,14 @@ def check_kernel(layer: str, axes: Sequence[str | None], shape: Sequence[int], r
             )
 
 
-def check_tokens(layer: str, shape: Sequence[int], resource: MeshResource) -> None:
+def check_batch(layer: str, batch: int, resource: MeshResource) -> None:
     """Raise ValueError where the mesh's data-parallel devices do not divide the first dimension of an input."""
-    sizes, batch = _sizes(), dict(resource.rules())["batch"]
-    axes = [axis for axis in batch or () if axis in sizes and axis not in _bound()]
-    devices = 1
-    for axis in axes:
-        devices *= sizes[axis]
-    if len(shape) > 1 and shape[0] % devices:
+    sizes, along = _sizes(), dict(resource.rules())["batch"]
+    axes = [axis for axis in along or () if axis in sizes and axis not in _bound()]
+    devices = math.prod(sizes[axis] for axis in axes)
+    if batch % devices:
         raise ValueError(
-            f"{layer}: the batch has {shape[0]} elements, which the {devices} devices along {axes} do not divide; choose a multiple"
+            f"{layer}: the batch has {batch} elements, which the {devices} devices along {axes} do not divide; choose a multiple"
         )
 
 
@@ -137,6 +162,15 @@ def max_over_mesh(x: Array, axes: tuple[str, ...]) -> Array:
     """The maximum over those of the mesh's axes that the code runs inside of."""
     bound = tuple(axis for axis in axes if axis in _bound())
     return lax.pmax(x, bound) if bound else x
+
+
+def varying_like(x: Array, *others: Array) -> Array:
+    """x as what varies over the mesh wherever one of the others does: a loop's first value is to vary as its later ones do."""
+    if not _bound():
+        return x
+    own, *theirs = (jax.typeof(array).mat.varying for array in (x, *others))
+    extra = tuple(sorted(frozenset().union(*theirs) - own))
+    return lax.pcast(x, extra, to="varying") if extra else x
 
 
 def summed_like(x: Array, like: Any) -> Array:

@@ -6,6 +6,7 @@ nnx.filter_state(gradients, Fp8Meta))` takes it over.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,11 +14,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from octavo.jax.context import current
 from octavo.jax.dense import Shape, contracted, dense, dense_kernel_init, fresh_metas, tuple_of
 from octavo.jax.linen import KERNEL_INIT, Axes
-from octavo.jax.norm import Normalization, activation, normalized
+from octavo.jax.mesh import MeshResource
+from octavo.jax.norm import Normalization, normalized
+from octavo.jax.norm import activations as functions
+from octavo.jax.state import AMAXES, amaxes_of, check
 
-__all__ = ["DenseGeneral", "Fp8Meta", "LayerNorm", "LayerNormDenseGeneral", "LayerNormMLP"]
+__all__ = ["DenseGeneral", "Fp8Meta", "LayerNorm", "LayerNormDenseGeneral", "LayerNormMLP", "mergeable"]
 
 
 class Fp8Meta(nnx.Variable[Array]):
@@ -25,7 +30,30 @@ class Fp8Meta(nnx.Variable[Array]):
 
 
 def _param(value: Array, axes: Axes) -> Any:
-    return nnx.Param(value, sharding_names=tuple(axes)) if axes else nnx.Param(value)
+    """A parameter whose logical axes go along the mesh axes that the active `autocast` gives them (`nnx.get_partition_spec`)."""
+    if not axes:
+        return nnx.Param(value)
+    frame = current()
+    resource = MeshResource() if frame is None else frame.mesh_resource
+    return nnx.Param(value, out_sharding=tuple(axes), sharding_rules=tuple(resource.rules()), eager_sharding=False)
+
+
+def mergeable(model: nnx.Module) -> Any:
+    """A copy of a model, of the same arrays, for a loss in which layers run several times: `octavo.jax.mergeable` for NNX.
+
+    For use inside the differentiated function and inside `autocast`.
+    """
+    copy = nnx.merge(*nnx.split(model))
+    frame = current()
+    if frame is None or not frame.enabled:
+        return copy
+    for _, layer in nnx.iter_graph(copy):
+        if isinstance(layer, DenseGeneral) and layer.metas:
+            metas = {name: value for name, value in layer.held().items() if name != AMAXES}
+            check(metas, frame.recipe, layer.path)
+            setattr(layer, AMAXES, Fp8Meta(amaxes_of(frame.recipe, metas)))  # type: ignore[arg-type]
+            layer.metas = (*metas, AMAXES)
+    return copy
 
 
 class DenseGeneral(nnx.Module):
@@ -56,7 +84,7 @@ class DenseGeneral(nnx.Module):
             dtype,
             path,
         )
-        self.kernel_axes = tuple(kernel_axes)
+        self.kernel_axes, self.bias_axes = tuple(kernel_axes), tuple(bias_axes) if use_bias else ()
         init = dense_kernel_init(kernel_init, self.shape)
         whole = (*self.shape.inputs, *self.shape.features)
         self.kernel = _param(init(rngs.params(), whole, jnp.float32), kernel_axes)
@@ -66,6 +94,10 @@ class DenseGeneral(nnx.Module):
         self.metas = tuple(metas)
         for name, value in metas.items():
             setattr(self, name, Fp8Meta(value))
+
+    def held(self) -> dict[str, Any]:
+        """The layer's metadata by name (`octavo.jax.state`)."""
+        return {name: getattr(self, name).get_value() for name in self.metas}
 
     def __call__(self, inputs: Any) -> Array:
         """inputs: [..., contracted axes at their places, ...]; returns [*the other axes, *features]."""
@@ -83,9 +115,10 @@ class DenseGeneral(nnx.Module):
             shape=self.shape,
             layer=self.path,
             dtype=self.dtype,
-            metas={name: getattr(self, name).get_value() for name in self.metas},
+            metas=self.held(),
             owner=self,
             kernel_axes=self.kernel_axes,
+            bias_axes=self.bias_axes,
         )
 
 
@@ -172,7 +205,7 @@ class LayerNormMLP(nnx.Module):
         rngs: nnx.Rngs,
         **others: Any,
     ) -> None:
-        self.activations = tuple(activations)
+        self.activations = tuple(functions(activations, path))
         shared = {"use_bias": use_bias, "dtype": dtype, "rngs": rngs}
         self.wi = LayerNormDenseGeneral(
             in_features,
@@ -191,7 +224,5 @@ class LayerNormMLP(nnx.Module):
     def __call__(self, inputs: Any, deterministic: bool = True) -> tuple[Array, Array | None]:
         """inputs: [..., features]; the output has the same shape."""
         hidden, normal = self.wi(inputs)
-        gated = activation(self.activations[0])(hidden[..., 0, :])
-        for number, function in enumerate(self.activations[1:], 1):
-            gated = gated * activation(function)(hidden[..., number, :])
+        gated = math.prod(function(hidden[..., number, :]) for number, function in enumerate(self.activations))
         return self.wo(self.dropout(gated, deterministic=deterministic)), normal

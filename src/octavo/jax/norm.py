@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -12,7 +12,29 @@ from jax import Array
 
 from octavo.names import nearest
 
-__all__ = ["Normalization", "activation", "normalized"]
+__all__ = ["Normalization", "activations", "normalized"]
+
+
+_NAMES = [
+    "celu",
+    "elu",
+    "gelu",
+    "hard_sigmoid",
+    "hard_swish",
+    "hard_tanh",
+    "leaky_relu",
+    "linear",
+    "log_sigmoid",
+    "relu",
+    "relu6",
+    "selu",
+    "sigmoid",
+    "silu",
+    "soft_sign",
+    "softplus",
+    "swish",
+    "tanh",
+]
 
 
 class Normalization(enum.Enum):
@@ -32,6 +54,7 @@ class Normalization(enum.Enum):
 def normalized(x: Any, scale: Array, bias: Array | None, kind: Normalization, *, epsilon: float, dtype: Any) -> Array:
     """x over its last axis, times scale, plus bias; computed in float32, returned in dtype, or x's own.  Flax's own arithmetic."""
     x = jnp.asarray(x)
+    x = x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32)
     match kind:
         case Normalization.LAYER:
             norm: Any = nn.LayerNorm(epsilon=epsilon, dtype=jnp.float32, use_bias=False, use_scale=False)
@@ -42,13 +65,23 @@ def normalized(x: Any, scale: Array, bias: Array | None, kind: Normalization, *,
     return y.astype(x.dtype if dtype is None else dtype)  # type: ignore[no-any-return]
 
 
-def activation(name: str | Callable[[Array], Array]) -> Callable[[Array], Array]:
-    """The function of that name in `flax.linen`, or the function itself; "linear" is the identity.  Raises ValueError for no name."""
+def activations(names: Sequence[str | Callable[[Array], Array]], layer: str) -> list[Callable[[Array], Array]]:
+    """The functions of those names in `flax.linen`, or the functions themselves; "linear" is the identity.
+
+    Raises ValueError, naming the layer, for no function at all and for a name that is none.
+    """
+    if isinstance(names, str) or not names:
+        raise ValueError(f"{layer}: activations are one function or more, such as ('gelu',); got {names!r}")
+    return [_activation(name, layer) for name in names]
+
+
+def _activation(name: Any, layer: str) -> Callable[[Array], Array]:
     if callable(name):
-        return name
+        return name  # type: ignore[no-any-return]
     if name == "linear":
         return lambda x: x
-    function = getattr(nn, name, None)
-    if not callable(function):
-        raise ValueError(f"activations are functions or names such as 'relu', 'gelu', 'silu'; got {name!r}")
-    return function  # type: ignore[no-any-return]
+    if name not in _NAMES:
+        raise ValueError(
+            f"{layer}: activations are functions or among {_NAMES}; got {name!r}{nearest(str(name), _NAMES)}"
+        )
+    return getattr(nn, name)  # type: ignore[no-any-return]

@@ -16,14 +16,15 @@ import numpy as np
 from jax import Array, lax
 
 from octavo.formats import BFLOAT16, E3M4FN, E4M3FN, E8M0FNU, FLOAT16, Format
+from octavo.jax.mesh import max_over_mesh
 from octavo.kernels import xla, xla_matrices
 from octavo.kernels.xla_floats import FLOAT32
-from octavo.reference import block_shape, overflow_codes
-from octavo.rounding import Overflow, Rounding
+from octavo.reference import block_shape
+from octavo.rounding import Rounding
 from octavo.scaling import Block, BlockScale, Current, Delayed, Row, TwoLevel, Unscaled, amax_scale
 from octavo.table import TensorSpec, Transform
 
-__all__ = ["Operand", "amax", "as_decoded", "carrier", "cast", "seed_words", "spread", "unscaled"]
+__all__ = ["Operand", "amax", "amax_for", "as_decoded", "carrier", "cast", "seed_words", "spread", "unscaled"]
 
 _U32 = np.uint32
 
@@ -74,9 +75,8 @@ def carrier(format: Format) -> Any:
     return dtype
 
 
-@jax.custom_batching.custom_vmap
 def amax(x: Array) -> Array:
-    """The largest magnitude in x, float32 []: 0 of an empty array, NaN if x holds NaN.  Under `vmap` that of all examples."""
+    """The largest magnitude in x, float32 []: 0 of an empty array, NaN if x holds NaN."""
     if x.dtype == jnp.float64:
         return xla.amax(x)  # type: ignore[no-any-return]
     if not x.size:
@@ -85,9 +85,18 @@ def amax(x: Array) -> Array:
     return lax.platform_dependent(wide, cpu=_amax_cpu, default=_amax)  # type: ignore[no-any-return]
 
 
-@amax.def_vmap
-def _amax_of_all(axis_size: int, in_batched: list[bool], x: Array) -> tuple[Array, bool]:
-    return amax(x), False
+@jax.custom_batching.custom_vmap
+def amax_for(x: Array, state: Array) -> Array:
+    """`amax` for a state; under `vmap` that of all examples which share one, and of each where they differ."""
+    return amax(x)
+
+
+@amax_for.def_vmap
+def _amax_for_examples(axis_size: int, in_batched: list[bool], x: Array, state: Array) -> tuple[Array, bool]:
+    batched, apart = in_batched
+    if not apart:
+        return amax_for(x, state), False
+    return (jax.vmap(amax)(x) if batched else jnp.broadcast_to(amax(x), axis_size)), True
 
 
 def _amax(x: Array) -> Array:
@@ -117,11 +126,13 @@ def cast(
     scale: Array | None = None,
     seed: Array | None = None,
     number: int = 0,
+    axes: tuple[str, ...] = (),
 ) -> Operand:
     """The operand that a matrix makes.
 
     x: float32, bfloat16, float16 or float64, contracted along axis; scale: float32 [], of delayed scaling; seed: uint32 [2], of random
-    draws; number: of the cell, for them.  NaN in a format without one becomes its largest value where it is traced, else ValueError.
+    draws; number: of the cell, for them; axes: of the mesh, over which a tensor's amax is taken inside `shard_map`.  NaN in a format
+    without one becomes its largest value where it is traced, else ValueError.
     """
     if spec is None:
         return Operand(x, axis)
@@ -130,51 +141,18 @@ def cast(
     one = isinstance(spec.scaling, (Unscaled, Current, Delayed))
     plain = spec.rounding is Rounding.NEAREST_EVEN and spec.transform is Transform.NONE
     if not (one and plain) or x.dtype == jnp.float64:
-        return _in_matrix(x if axis == 1 else x.T, spec, scale, seed, number)
+        return _in_matrix(x if axis == 1 else x.T, spec, scale, seed, number, axes)
     if isinstance(spec.scaling, Current):
-        peak = _own_amax(x) if x.size else jnp.zeros((), jnp.float32)
-        scale = amax_scale(peak, spec.format.max, spec.scaling)
+        scale = amax_scale(max_over_mesh(amax(x), axes), spec.format.max, spec.scaling)
     scale = None if isinstance(spec.scaling, Unscaled) else scale
-    codes = _nearest(_scaled(x, scale), spec.format, spec.overflow)
+    codes = xla.nearest_codes(_scaled(x, scale), spec.format, spec.overflow)
     return Operand(_carried(codes, spec.format), axis, scale)
-
-
-def _own_amax(x: Array) -> Array:
-    """`amax`, but under `vmap` of each example."""
-    return lax.platform_dependent(x.astype(jnp.float32), cpu=_amax_cpu, default=_amax)  # type: ignore[no-any-return]
 
 
 def _scaled(x: Array, scale: Array | None) -> Array:
     """The bits of `x * scale` in float32; products under 2**-126 in magnitude may come as zero."""
     bits = xla.bits_of(x) if x.dtype == jnp.bfloat16 else FLOAT32.bits(x.astype(jnp.float32))
     return bits if scale is None else xla.scaled(bits, FLOAT32.bits(scale), FLOAT32, E4M3FN)
-
-
-def _nearest(bits: Array, format: Format, overflow: Overflow) -> Array:
-    """The codes of words to nearest even, uint8: `octavo.kernels.xla.codes_of` in a third of its time, for signed formats."""
-    magnitude, drop = FLOAT32.magnitude(bits), 23 - format.mantissa_bits
-    tie = (magnitude >> _U32(drop)) & _U32(1)
-    rebased = magnitude - _U32((127 - format.bias) << 23) if format.bias < 127 else magnitude
-    normal = (rebased + _U32((1 << (drop - 1)) - 1) + tie) >> _U32(drop)
-    # Added to a number whose last bit is worth the format's smallest, a subnormal is rounded by the processor.
-    tiny, lift = np.float32(format.tiny), np.float32(format.smallest_subnormal * 2.0**23)
-    small = FLOAT32.bits(jnp.minimum(FLOAT32.floats(magnitude), tiny) + lift) & _U32(0x7FFFFF)
-    code = jnp.where(magnitude < tiny.view(_U32), small, normal)
-
-    finite, infinite = overflow_codes(format, overflow)
-    if finite == format.max_code:
-        code = jnp.minimum(code, _U32(format.max_code))
-    else:
-        code = jnp.where(code > _U32(format.max_code), _U32(finite), code)
-    if infinite != finite:
-        code = jnp.where(magnitude == FLOAT32.infinity, _U32(infinite), code)
-    sign = (bits >> _U32(31 - format.magnitude_bits)) & _U32(format.sign_mask)
-    signed = code | (sign if format.has_negative_zero else jnp.where(code != 0, sign, _U32(0)))
-    is_nan = magnitude > FLOAT32.infinity
-    if format.nan_code is None:
-        return jnp.where(is_nan, _U32(format.max_code), signed).astype(jnp.uint8)
-    is_nan |= code == _U32(format.nan_code)
-    return jnp.where(is_nan, _U32(format.nan_code), signed).astype(jnp.uint8)
 
 
 def _carried(codes: Array, format: Format) -> Array:
@@ -193,13 +171,15 @@ def _carried(codes: Array, format: Format) -> Array:
     return FLOAT32.floats(bits | sign).astype(dtype)
 
 
-def _in_matrix(x: Array, spec: TensorSpec, scale: Array | None, seed: Array | None, number: int) -> Operand:
+def _in_matrix(
+    x: Array, spec: TensorSpec, scale: Array | None, seed: Array | None, number: int, axes: tuple[str, ...]
+) -> Operand:
     """The operand of a matrix whose contracted axis is the last, by the kernels of every scaling, rounding and transform."""
     offset = np.array([0, number << 24], np.uint32)
     given = 1.0 if scale is None else scale
     if isinstance(spec.scaling, Current):
         # One scale, known beforehand, so that both ways of casting undo the same.
-        scale = given = amax_scale(xla.amax(x), spec.format.max, spec.scaling)
+        scale = given = amax_scale(max_over_mesh(xla.amax(x), axes), spec.format.max, spec.scaling)
         spec = replace(spec, scaling=Delayed())
     found: Any = xla_matrices.encode_matrix(x, spec, scale=given, seed=seed, offset=jnp.asarray(offset))
     values = _carried(found.codes, spec.format)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax import Array, lax
 
+from octavo.jax.mesh import varying_like
 from octavo.jax.operands import Operand, spread, unscaled
 from octavo.table import Accumulator
 
@@ -113,7 +114,8 @@ def _partial(left: Operand, right: Operand, step: int) -> Array:
         a, b, d_a, d_b = part
         return y + _dot(a, b, 1, 1) * d_a[:, None] * d_b[None, :], None
 
-    return lax.scan(add, jnp.zeros((m, n), jnp.float32), (one, two, d_one, d_two))[0]
+    start = varying_like(jnp.zeros((m, n), jnp.float32), one, two, d_one, d_two)
+    return lax.scan(add, start, (one, two, d_one, d_two))[0]
 
 
 def _parts(operand: Operand, step: int) -> tuple[Array, Array]:

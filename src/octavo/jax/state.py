@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import zlib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -28,12 +29,13 @@ __all__ = [
     "AMAXES",
     "FP8_COLLECTION",
     "NAMES",
+    "Amaxes",
+    "amaxes_of",
     "check",
     "fresh",
     "fresh_draws",
     "larger",
     "merged",
-    "merging",
     "next_state",
     "opened",
     "tensors_of",
@@ -88,6 +90,11 @@ def check(metas: Mapping[str, Any], recipe: Recipe, layer: str) -> None:
         raise ValueError(
             f"{layer}: the collection {FP8_COLLECTION!r} holds {extra}, left over from another recipe than {recipe.name}; {remedy}"
         )
+    if AMAXES in metas and metas[AMAXES].recipe != recipe:
+        raise ValueError(
+            f"{layer} runs in {recipe.name}, and mergeable was called for {metas[AMAXES].recipe.name}; call it inside the autocast that "
+            "the layer runs in, which for this cannot be one within the model"
+        )
     for name, array in wanted.items():
         if jnp.shape(metas[name]) != array.shape:
             raise ValueError(
@@ -102,7 +109,9 @@ def opened(recipe: Recipe, metas: dict[str, Array]) -> Array:
 
     Its gradient, the maximum over the calls, becomes that of `metas`: the next state.
     """
-    return jnp.zeros(len(tensors_of(recipe)) + 1, jnp.float32)
+    # Zeros made from the state: under vmap there is then one array for each state, and no sum over all.
+    zero = FLOAT32.floats(FLOAT32.bits(next(iter(metas.values()))[:1]) & np.uint32(0))
+    return jnp.broadcast_to(zero, (len(tensors_of(recipe)) + 1,))
 
 
 def _opened_forward(recipe: Recipe, metas: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
@@ -127,6 +136,23 @@ merging = _converted(fm32, jnp.float32)
 """Amaxes in a dtype whose gradients add up to their maximum, as a `lax.scan` needs it that closes over them."""
 merged = _converted(jnp.float32, fm32)
 """Such amaxes as the numbers that they are."""
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["recipe"])
+@dataclass(frozen=True)
+class Amaxes:
+    """What amaxes travel by from outside of the transforms that a layer runs in, and the recipe that it was made for."""
+
+    array: Any
+    recipe: Recipe
+
+
+def amaxes_of(recipe: Recipe, metas: dict[str, Array], stacked: int = 0) -> Amaxes:
+    """`opened`, for layers whose metadata has `stacked` axes more."""
+    make = functools.partial(opened, recipe)
+    for _ in range(stacked):
+        make = jax.vmap(make)
+    return Amaxes(merging(make(metas)), recipe)
 
 
 def larger(one: Array, other: Array) -> Array:

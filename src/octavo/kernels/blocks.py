@@ -135,32 +135,42 @@ def _round_nearest_to_bfloat16(x_f, factor, back, out, shift, e_min, limit, top,
 
 
 @compiled
-def _round_blocks(x_f, factor, back, out, wide, decoded, shift, e_min, limit, top, over, inf, zero_sign):
-    """`_round_nearest` of whole blocks whose width is a multiple of 16, with a block's factors in a register."""
+def _round_blocks(
+    x_f, factor, back, out, wide, decoded, shift, e_min, limit, top, over, inf, zero_sign, source, target, width
+):
+    """`_round_nearest` of whole blocks whose width is a multiple of 16, with a block's factors in a register.
+
+    source, target, width: what memory to ask for meanwhile, and the bytes of an element of target.
+    """
     _wide_vectors()
     sixteenths = U64(wide // 16)
     if _is_plain(top, over, inf, zero_sign):
         for b in range(U64(x_f.size // wide)):
             f, g = factor[b], back[b] if decoded else F32(1)
+            _prefetch(source + 4 * wide * b, target + width * wide * b, wide // 16)
             for k in range(b * sixteenths, b * sixteenths + sixteenths):
                 for j in range(k * U64(16), k * U64(16) + U64(16)):
                     out[j] = _real(_nearest_plain(x_f[j], f, shift, e_min, limit, top)) * g
         return
     for b in range(U64(x_f.size // wide)):
         f, g = factor[b], back[b] if decoded else F32(1)
+        _prefetch(source + 4 * wide * b, target + width * wide * b, wide // 16)
         for k in range(b * sixteenths, b * sixteenths + sixteenths):
             for j in range(k * U64(16), k * U64(16) + U64(16)):
                 out[j] = _real(_nearest(x_f[j], f, shift, e_min, limit, top, over, inf, zero_sign)) * g
 
 
 @compiled
-def _round_blocks_to_bfloat16(x_f, factor, back, out, wide, decoded, shift, e_min, limit, top, over, inf, zero_sign):
+def _round_blocks_to_bfloat16(
+    x_f, factor, back, out, wide, decoded, shift, e_min, limit, top, over, inf, zero_sign, source, target, width
+):
     """The same to bfloat16, to nearest even."""
     _wide_vectors()
     sixteenths = U64(wide // 16)
     if _is_plain(top, over, inf, zero_sign):
         for b in range(U64(x_f.size // wide)):
             f, g = factor[b], back[b] if decoded else F32(1)
+            _prefetch(source + 4 * wide * b, target + width * wide * b, wide // 16)
             for k in range(b * sixteenths, b * sixteenths + sixteenths):
                 for j in range(k * U64(16), k * U64(16) + U64(16)):
                     value = _real(_nearest_plain(x_f[j], f, shift, e_min, limit, top)) * g
@@ -168,6 +178,7 @@ def _round_blocks_to_bfloat16(x_f, factor, back, out, wide, decoded, shift, e_mi
         return
     for b in range(U64(x_f.size // wide)):
         f, g = factor[b], back[b] if decoded else F32(1)
+        _prefetch(source + 4 * wide * b, target + width * wide * b, wide // 16)
         for k in range(b * sixteenths, b * sixteenths + sixteenths):
             for j in range(k * U64(16), k * U64(16) + U64(16)):
                 value = _real(_nearest(x_f[j], f, shift, e_min, limit, top, over, inf, zero_sign)) * g
@@ -284,20 +295,19 @@ def cast_blocks(arguments):
             if not whole_blocks:
                 _prefetch(p[SOURCE] + 4 * (start + tile), p[TARGET] + width * (start + tile), (size + 15) // 16)
             for q in range(0, size if whole_blocks else 0, piece):
-                _prefetch(
-                    p[SOURCE] + 4 * (start + tile + q), p[TARGET] + width * (start + tile + q), (piece + 15) // 16
-                )
+                next_source, next_target = p[SOURCE] + 4 * (start + tile + q), p[TARGET] + width * (start + tile + q)
+                ahead = (next_source, next_target, width)
                 f_q, g_q, x_q = factor[q // wide :], back[q // wide :], x_f[q : min(q + piece, size)]
                 if target == BFLOAT16:
                     h_q = halves[q : min(q + piece, size)]
                     _round_blocks_to_bfloat16(
-                        x_q, f_q, g_q, h_q, wide, decoded, shift, e_min, limit, top, over, inf, zero_sign
+                        x_q, f_q, g_q, h_q, wide, decoded, shift, e_min, limit, top, over, inf, zero_sign, *ahead
                     )
                     continue
                 o_q = rounded[q : min(q + piece, size)]
                 if target == FLOAT32:
                     o_q = carray(_at(p[TARGET] + 4 * (start + q)), (x_q.size,), np.float32)
-                _round_blocks(x_q, f_q, g_q, o_q, wide, decoded, shift, e_min, limit, top, over, inf, zero_sign)
+                _round_blocks(x_q, f_q, g_q, o_q, wide, decoded, shift, e_min, limit, top, over, inf, zero_sign, *ahead)
             if whole_blocks and target == BFLOAT16:
                 continue
             if mode == NEAREST_EVEN and target == BFLOAT16:

@@ -228,7 +228,8 @@ def divide(a: Array, b: Array, layout: Layout = FLOAT32) -> Array:
         rest = jnp.where(fits, rest - divisor, rest) << word(1)
         return (quotient << word(1)) | fits.astype(word), rest
 
-    quotient, rest = lax.fori_loop(0, steps, step, (jnp.zeros_like(rest), rest << short))
+    zero = (rest ^ divisor) & word(0)  # which varies over a mesh as the loop's results do
+    quotient, rest = lax.fori_loop(0, steps, step, (zero, (rest << short) | zero))
     quotient = quotient << word(layout.size - steps) | (rest != 0).astype(word)
     magnitude = _rounded(quotient, exponent - less - short.astype(jnp.int32), layout)
     one, two, zero = layout.magnitude(a), layout.magnitude(b), word(0)

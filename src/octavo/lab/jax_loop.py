@@ -165,13 +165,13 @@ class Trainer:
         config, samples = self.config, len(self.data.train_labels)
         history = History(steps_per_epoch=samples // config.batch_size)
         state = self.start(jax.tree.map(jnp.copy, variables))  # the copies are given up to the first step
+        tick = _Tick(progress, config.batch_size) if progress.shown else None  # one, lest the epoch be compiled anew
         with progress:
             for epoch, steps in enumerate(self.plan):
                 order = batches(samples, config.batch_size, epoch=epoch, seed=config.seed)
                 chosen = jnp.asarray(
                     np.stack([index for index, _ in zip(order, range(steps), strict=False)]), jnp.int32
                 )
-                tick = _Tick(progress, config.batch_size, len(history.losses)) if progress.shown else None
                 first = jnp.int32(len(history.losses))
                 run = self._epoch.lower(state, self.data, chosen, first, tick).compile()
                 start = time.perf_counter()
@@ -210,8 +210,8 @@ class Trainer:
 class _Tick:
     """Tells a progress line of the steps since it was last told."""
 
-    def __init__(self, progress: Progress, images: int, done: int) -> None:
-        self.progress, self.images, self.done = progress, images, done
+    def __init__(self, progress: Progress, images: int) -> None:
+        self.progress, self.images, self.done = progress, images, 0
 
     def __call__(self, number: Any, loss: Any) -> None:
         steps, self.done = int(number) - self.done, int(number)
