@@ -110,7 +110,8 @@ def opened(recipe: Recipe, metas: dict[str, Array]) -> Array:
     Its gradient, the maximum over the calls, becomes that of `metas`: the next state.
     """
     # Zeros made from the state: under vmap there is then one array for each state, and no sum over all.
-    zero = FLOAT32.floats(FLOAT32.bits(next(iter(metas.values()))[:1]) & np.uint32(0))
+    state = next(iter(metas.values()), jnp.zeros(1, jnp.float32))
+    zero = FLOAT32.floats(FLOAT32.bits(state[:1]) & np.uint32(0))
     return jnp.broadcast_to(zero, (len(tensors_of(recipe)) + 1,))
 
 
