@@ -149,7 +149,7 @@ def main() -> None:
     lines, rows = ["  ".join(f"{name} {metadata.version(name)}" for name in packages if _installed(name)), ""], []
     for name, (make, x, y) in workloads().items():
         inner = 20 if name == "784-256-10" else 1
-        seconds = interleaved(contenders(name, make, x, y, inner), rounds=7 if arguments.quick else 31)
+        seconds = interleaved(contenders(name, make, x, y, inner), rounds=5 if arguments.quick else 15)
         base = seconds["float32"]
         lines.append(f"{name}: {base / inner * 1e3:.3f} ms a step in float32; target of FP8 {TARGETS[name]:.2f}")
         for contender, median in seconds.items():
