@@ -16,7 +16,7 @@ LAYERS = (
     ("kernels",),
     ("casts", "qtensor", "cuts", "archive", "checkpoint"),
     ("torch", "jax", "engine", "diagnose"),
-    ("lab",),
+    ("lab", "mpemu"),
     ("cli",),
 )
 """From the bottom up: a module imports from its own layer and from those below."""

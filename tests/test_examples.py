@@ -144,6 +144,26 @@ def test_a_batch_larger_than_the_data_is_one_line(here: Here) -> None:
         )
 
 
+@pytest.mark.parametrize("method", ["direct", "hybrid", "mxfp8"])
+def test_an_emulated_dry_run_prints_the_lines_and_what_was_lost(method: str, here: Here) -> None:
+    flags = ("--method", method, "--exempt", "conv1", "fc*", "--output-fused", "conv2", "--loss-scale", "1024")
+    text = here("--data", "digits", "--dry-run", "--stats-every", "1", *flags, script="emulate_mnist.py")
+    lines, _, table = text.partition("Tensors that lost most:\n")
+    assert re.fullmatch(TRAIN + TEST.replace(r"\d+%", r"\d+\.\d+%"), lines)
+    assert "conv2" in table
+    assert "conv1" not in table
+    assert "fc" not in table
+
+
+@pytest.mark.parametrize("method", ["fp32", "direct", "hybrid"])
+def test_the_residual_network_learns(method: str, here: Here) -> None:
+    flags = ("--data", "digits", "--method", method, "--steps", "25", "--log-interval", "24")
+    text = here(*flags, script="emulate_resnet.py")
+    first, last = map(float, re.findall(r"step \d+/25  loss (\d\.\d{4})", text))
+    assert last < 0.6 * first, text
+    assert re.search(r"test accuracy \d+\.\d\d%\n", text)
+
+
 @pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
 def test_an_example_is_short_enough_to_read(script: Path) -> None:
     assert len(script.read_text().splitlines()) < 180

@@ -49,7 +49,9 @@ def test_the_arms_are_those_that_the_command_promises() -> None:
     assert {framework.baseline for framework in Framework} <= set(ARMS)
     assert ARMS["torch-bf16"].mode is Mode.BFLOAT16
     assert {arm.recipe().name for arm in ARMS.values() if arm.recipe is not None} == set(NAMED)
-    assert all((arm.recipe is not None) == (arm.mode in (Mode.RECIPE, Mode.CALIBRATED)) for arm in ARMS.values())
+    assert all(
+        (arm.recipe is not None) == (arm.mode in (Mode.RECIPE, Mode.EMULATED, Mode.CALIBRATED)) for arm in ARMS.values()
+    )
 
 
 def test_every_arm_runs_the_same_steps_and_is_set_against_float32(comparison: Comparison) -> None:

@@ -1,6 +1,5 @@
 """Training: it follows a plain NumPy transcription, repeats bit for bit, and stops at the first bad number."""
 
-import contextlib
 import dataclasses
 import io
 import itertools
@@ -174,7 +173,7 @@ def test_contenders_take_turns_on_the_same_batches(
     for name in ("first", "second"):
         model = build(ModelName.MLP, seed=1)
         model.register_forward_pre_hook(lambda _, inputs, name=name: seen.append((name, inputs[0])))
-        contenders.append((model, contextlib.nullcontext))
+        contenders.append(loop.Contender(model))
     ticks = itertools.count()  # a clock that moves one second a look: every step takes one second
     monkeypatch.setattr(loop.time, "perf_counter", lambda: float(next(ticks)))
     monkeypatch.setattr(loop, "_TURNS_SECONDS", 1000.0)

@@ -169,6 +169,14 @@ def _stochastic_to_float32(x_f, x_i, out, scale, divisor, shift, e_min, limit, t
 
 
 @compiled
+def _copy(bits, out_i):
+    """float32 bits."""
+    _wide_vectors()
+    for i in range(bits.size):
+        out_i[i] = bits[i]
+
+
+@compiled
 def _load(x, out_i, bfloat16):
     """bfloat16 or float16 bits (uint16) to float32 bits, exact."""
     _wide_vectors()
@@ -237,6 +245,8 @@ def cast32(arguments):
     pairs, lane = np.empty(SPAN // 2 + 8 if mode == STOCHASTIC else 0, np.uint64), p[OFFSET] & 3
     narrow = mode == NEAREST_EVEN and target == BFLOAT16 and divisor == F32(1)
     direct, width = narrow or target == FLOAT32, 2 if narrow else 4
+    # In place, the compiler could not know that no element is read after it was written: such a chunk is copied first.
+    apart = kind == FLOAT32 and p[SOURCE] != p[TARGET]
     peak = I32(0)
     while True:
         start = _atomic_add(arguments + 8 * NEXT_CHUNK, 1) * CHUNK
@@ -244,21 +254,23 @@ def cast32(arguments):
             break
         size = min(CHUNK, n - start)
         x_f, x_i, out = loaded[:size], loaded[:size].view(np.int32), rounded[:size]
-        if kind == FLOAT32:
+        if apart:
             x_f = carray(_at(p[SOURCE] + 4 * start), (size,), np.float32)
             x_i = carray(_at(p[SOURCE] + 4 * start), (size,), np.int32)
+        elif kind == FLOAT32:
+            _copy(carray(_at(p[SOURCE] + 4 * start), (size,), np.int32), x_i)
         else:
             _load(carray(_at(p[SOURCE] + 2 * start), (size,), np.uint16), x_i, kind == BFLOAT16)
         if target == FLOAT32:
             out = carray(_at(p[TARGET] + 4 * start), (size,), np.float32)
         halves = carray(_at(p[TARGET] + 2 * start), (size,), np.uint16)
-        source = p[SOURCE] + 4 * start if kind == FLOAT32 else loaded.ctypes.data
+        source = p[SOURCE] + 4 * start if apart else loaded.ctypes.data
         into = p[TARGET] + width * start if direct else rounded.ctypes.data
         found = I32(0)
         if mode == NEAREST_EVEN:
             tiled = size - size % TILE
             for t in range(0, tiled, TILE):
-                if kind == FLOAT32:
+                if apart:
                     _prefetch(source + 4 * (t + AHEAD), into + width * (t + AHEAD), TILE // 16)
                 f = carray(_at(source + 4 * t), (TILE,), np.float32)
                 b = carray(_at(source + 4 * t), (TILE,), np.int32)
@@ -280,7 +292,7 @@ def cast32(arguments):
         else:
             for t in range(0, size, SPAN):
                 part = min(SPAN, size - t)
-                if kind == FLOAT32:
+                if apart:
                     _prefetch(source + 4 * (t + AHEAD), into + width * (t + AHEAD), part // 16)
                 f = carray(_at(source + 4 * t), (part,), np.float32)
                 b = carray(_at(source + 4 * t), (part,), np.int32)

@@ -33,7 +33,7 @@ from octavo.scaling import (
 )
 from octavo.table import TensorSpec, Transform
 
-__all__ = ["cast_blocks", "decode_matrix", "encode_matrix", "hadamard", "quantize_matrix"]
+__all__ = ["cast_blocks", "decode_matrix", "encode_matrix", "hadamard", "quantize_matrix", "quantize_with_amax"]
 
 _TILE, _TALL_TILE, _NARROWEST = 4096, 131072, 256
 _LAYOUT = struct.Struct(f"<{BlockSlot.TOP}q{BlockSlot.END - BlockSlot.TOP}d")
@@ -181,7 +181,15 @@ def encode_matrix(x: Any, spec: TensorSpec, *, scale: float = 1.0, seed: int | N
 
 def quantize_matrix(x: Any, spec: TensorSpec, *, scale: float = 1.0, seed: int | None = None, offset: int = 0) -> Any:
     """The values of `encode_matrix`'s codes times their scales, float32 [rows, columns], in one pass; as `decode_matrix` of it."""
-    return _encode(x, spec, scale, seed, offset, values=True)[1]
+    return quantize_with_amax(x, spec, scale=scale, seed=seed, offset=offset)[0]
+
+
+def quantize_with_amax(
+    x: Any, spec: TensorSpec, *, scale: float = 1.0, seed: int | None = None, offset: int = 0
+) -> tuple[Any, float]:
+    """`quantize_matrix`, and the amax of x, as its transform left it."""
+    codes, values = _encode(x, spec, scale, seed, offset, values=True)
+    return values, float(codes.amax)
 
 
 def _encode(

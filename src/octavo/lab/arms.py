@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from octavo.lab.training import History
-from octavo.recipes import NAMED, Recipe, current_scaling, delayed_scaling, mxfp8
+from octavo.recipes import NAMED, Recipe, current_scaling, delayed_scaling, direct, hybrid, mxfp8
 
 __all__ = ["ARMS", "DEFAULT_ARMS", "Arm", "ArmResult", "Framework", "Mode"]
 
@@ -36,6 +36,8 @@ class Mode(enum.Enum):
     """In bfloat16, parameters in float32: `torch.autocast`, or the dtype of Flax's layers."""
     RECIPE = enum.auto()
     """Linear layers under a recipe, in training and in testing."""
+    EMULATED = enum.auto()
+    """The whole network under a recipe, by emulation: convolutions too, the loss scaled, float16 masters."""
     CALIBRATED = enum.auto()
     """Trained in float32, then converted, calibrated on training batches and tested in the recipe."""
 
@@ -144,9 +146,15 @@ _JAX = (
 
 
 def _of(recipe: Callable[[], Recipe]) -> Arm:
-    """`torch-mxfp8` for `mxfp8`, `torch-bf16-recipe` where the name is taken: trained and tested under that recipe."""
+    """`torch-mxfp8` for `mxfp8`, `torch-bf16-recipe` where the name is taken: trained and tested under that recipe.
+
+    Intel's two methods are of whole networks, and emulated.
+    """
     name = f"torch-{recipe.__name__.replace('_', '-')}"
     name += "-recipe" if name in DEFAULT_ARMS else ""
+    if recipe in (direct, hybrid):
+        text = f"Intel's {recipe.__name__}, emulated: loss scaling, float16 masters"
+        return Arm(name=name, description=text, mode=Mode.EMULATED, recipe=recipe)
     return Arm(name=name, description=f"the recipe {recipe.__name__}", mode=Mode.RECIPE, recipe=recipe)
 
 

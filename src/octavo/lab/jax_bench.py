@@ -51,8 +51,8 @@ class JaxBench(Bench):
             case Mode.RECIPE:
                 assert arm.recipe is not None
                 return octavo.jax.autocast(recipe=arm.recipe())
-            case Mode.CALIBRATED:
-                raise ValueError(f"{arm.name}: calibration after training is PyTorch's; choose a jax arm with a recipe")
+            case Mode.CALIBRATED | Mode.EMULATED:
+                raise ValueError(f"{arm.name}: calibration and emulation are PyTorch's; choose a jax arm with a recipe")
 
     def _start(self, arm: Arm, **changes: Any) -> tuple[Trainer, Any]:
         """The trainer and the untrained variables of an arm."""

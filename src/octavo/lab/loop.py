@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import rich.console
 import rich.progress
@@ -26,11 +26,21 @@ from torch import nn
 from octavo.lab import checkpoint
 from octavo.lab.data import Dataset, batches
 from octavo.lab.training import MEAN, STD, TEST_BATCH, DivergenceError, History, Optimizer, Progress, TrainConfig
+from octavo.torch import Emulation
 
-__all__ = ["Forward", "Prepared", "evaluate", "prepare", "take_turns", "train"]
+__all__ = ["Contender", "Forward", "Prepared", "evaluate", "prepare", "take_turns", "train"]
 
 Forward = Callable[[], contextlib.AbstractContextManager[object]]
 """Makes the context that a forward pass runs in: `torch.autocast(...)`, `octavo.torch.autocast(...)` or nothing."""
+
+
+class Contender(NamedTuple):
+    """A model to train, the context of its forward pass, and its emulation, which takes the steps where there is one."""
+
+    model: nn.Module
+    forward: Forward = contextlib.nullcontext
+    emulation: Emulation | None = None
+
 
 _UNTIMED_ROUNDS = 3
 _TURNS_SECONDS = 2.0
@@ -91,12 +101,14 @@ def train(
     config: TrainConfig,
     *,
     forward: Forward = contextlib.nullcontext,
+    emulation: Emulation | None = None,
     progress: Progress | None = None,
     checkpoint_path: Path | None = None,
     header: Mapping[str, Any] | None = None,
 ) -> History:
     """Trains `model` in place and tests it after each epoch.
 
+    emulation: the model's, where it is emulated; it then scales the loss and takes the steps.
     Where `checkpoint_path` is given, the model is saved there after each epoch, with `header`, the epoch and the step.
 
     Raises:
@@ -111,6 +123,7 @@ def train(
         data=data,
         bad_rows=_bad_rows(data.train_inputs),
         forward=forward,
+        emulation=emulation,
         history=history,
         progress=progress or Progress("training", steps=sum(plan)),
     )
@@ -132,25 +145,24 @@ def train(
     return history
 
 
-def take_turns(
-    contenders: Sequence[tuple[nn.Module, Forward]], data: Prepared, config: TrainConfig, *, rounds: int
-) -> list[float]:
-    """The median seconds of one training step of each contender, a model and the context of its forward pass.
+def take_turns(contenders: Sequence[Contender], data: Prepared, config: TrainConfig, *, rounds: int) -> list[float]:
+    """The median seconds of one training step of each contender.
 
     They step in turns on the same batches, so that a busy machine slows all alike; the models are trained on the way.
     The first rounds, in which kernels are compiled, do not count; after `_TURNS_SECONDS` of others it ends early.
     """
     runs = [
         _Run(
-            model=model.train(),
-            optimizer=_optimizer(model, config),
+            model=contender.model.train(),
+            optimizer=_optimizer(contender.model, config),
             data=data,
             bad_rows=None,
-            forward=forward,
+            forward=contender.forward,
+            emulation=contender.emulation,
             history=History(steps_per_epoch=rounds),
             progress=Progress("", steps=rounds, console=rich.console.Console(file=io.StringIO())),
         )
-        for model, forward in contenders
+        for contender in contenders
     ]
     samples = len(data.train_labels)
     orders = (batches(samples, config.batch_size, epoch=epoch, seed=config.seed) for epoch in itertools.count())
@@ -178,6 +190,7 @@ class _Run:
     data: Prepared
     bad_rows: torch.Tensor | None
     forward: Forward
+    emulation: Emulation | None
     history: History
     progress: Progress
 
@@ -207,14 +220,21 @@ class _Run:
         value = loss.item()
         if not math.isfinite(value):
             _require_finite([*_parameters(self.model), ("the output", log_probs), ("the loss", loss)], step=number)
+        if self.emulation is None:
+            self._update(loss, number)
+        else:
+            self.emulation.scale(loss).backward()
+            self.emulation.step(self.optimizer)
+        self.history.losses.append(value)
+        self.progress.step(value, len(y), lambda: (log_probs.detach().argmax(1) == y).float().mean().item())
+
+    def _update(self, loss: torch.Tensor, number: int) -> None:
         loss.backward()
         # One sum a gradient, 12 us of the MLP's 1 ms step; where good values overflow it, the exact check finds none.
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         if not math.isfinite(sum(gradient.sum().item() for gradient in gradients)):
             _require_finite([*_parameters(self.model), *_gradients(self.model)], step=number)
         self.optimizer.step()
-        self.history.losses.append(value)
-        self.progress.step(value, len(y), lambda: (log_probs.detach().argmax(1) == y).float().mean().item())
 
 
 def _bad_rows(inputs: torch.Tensor) -> torch.Tensor | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 from collections.abc import Iterator
@@ -11,19 +10,24 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from octavo.formats import FLOAT16
 from octavo.lab import checkpoint
 from octavo.lab.arms import ARMS, Arm, ArmResult, Mode
 from octavo.lab.bench import IDLE_RATE, ROUNDS, Bench
 from octavo.lab.data import batches
-from octavo.lab.loop import Forward, Prepared, evaluate, prepare, take_turns, train
+from octavo.lab.loop import Contender, Prepared, evaluate, prepare, take_turns, train
 from octavo.lab.models import build, exempt
 from octavo.lab.training import History
-from octavo.torch import autocast, calibrate, convert
+from octavo.torch import LossScaler, autocast, calibrate, convert, emulate
 
 __all__ = ["TorchBench"]
 
 _WARM_UP_ROUNDS = 3
 _CALIBRATION_BATCHES = 20
+
+
+def _unsaid(line: str) -> None:
+    """Skipped steps are part of the method: the table and the loss curve are what a comparison prints."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -39,9 +43,9 @@ class TorchBench(Bench):
     def measure(self, arm: Arm) -> ArmResult:
         """Trains and tests one arm, from the same weights as every other."""
         match arm.mode:
-            case Mode.BFLOAT16 | Mode.RECIPE:
+            case Mode.BFLOAT16 | Mode.RECIPE | Mode.EMULATED:
                 ratio = self._pace(arm)
-                history = self._train(arm, *self._start(arm))
+                history = self._train(arm, self._start(arm))
                 return ArmResult.of(arm, history, ratio, tuple(history.accuracies))
             case Mode.FLOAT32:
                 source, model, history = self._train_float32(arm)
@@ -60,32 +64,43 @@ class TorchBench(Bench):
                 ratio = 1.0 if self.paired else None
                 return ArmResult.of(arm, history, ratio, (accuracy,), test_loss=loss, source=source)
 
-    def _start(self, arm: Arm) -> tuple[nn.Module, Forward]:
-        """The untrained model of an arm, and the context that its forward pass runs in."""
+    def _start(self, arm: Arm) -> Contender:
+        """The untrained model of an arm, and how it runs."""
         model = build(self.model, seed=self.training.seed)
         match arm.mode:
             case Mode.FLOAT32 | Mode.CALIBRATED:
-                return model, contextlib.nullcontext
+                return Contender(model)
             case Mode.BFLOAT16:
-                return model, lambda: torch.autocast("cpu", dtype=torch.bfloat16)
+                return Contender(model, lambda: torch.autocast("cpu", dtype=torch.bfloat16))
             case Mode.RECIPE:
                 assert arm.recipe is not None
-                return convert(model, arm.recipe(), exempt=exempt(self.model)), contextlib.nullcontext
+                return Contender(convert(model, arm.recipe(), exempt=exempt(self.model)))
+            case Mode.EMULATED:
+                assert arm.recipe is not None
+                emulation = emulate(
+                    model,
+                    arm.recipe(),
+                    exempt=exempt(self.model),
+                    loss_scale=LossScaler(report=_unsaid),
+                    master=FLOAT16,
+                )
+                return Contender(model, emulation=emulation)
 
     def _train_float32(self, arm: Arm) -> tuple[str, nn.Module, History]:
         """The training that arms in float32 share: run by the first of them, handed to the others."""
         if self.float32 is None:
             self._pace(arm)
-            model, forward = self._start(arm)
-            self.float32 = (arm.name, model, self._train(arm, model, forward))
+            contender = self._start(arm)
+            self.float32 = (arm.name, contender.model, self._train(arm, contender))
         return self.float32
 
-    def _train(self, arm: Arm, model: nn.Module, forward: Forward) -> History:
+    def _train(self, arm: Arm, contender: Contender) -> History:
         return train(
-            model,
+            contender.model,
             self.data,
             self.training,
-            forward=forward,
+            forward=contender.forward,
+            emulation=contender.emulation,
             progress=self.progress(arm),
             checkpoint_path=self.path(arm),
             header=self.header(arm),

@@ -30,6 +30,7 @@ __all__ = [
     "register",
     "update_after_backward",
     "update_alone",
+    "update_forward",
 ]
 
 
@@ -150,6 +151,17 @@ def _leave(frame: Frame, *, keep: bool) -> None:
     _reduce(_layers, backward=False, group=frame.group)
     for layer in _layers:
         layer.update_forward()
+
+
+def update_forward(layers: Iterable[Scaled], *, keep: bool) -> None:
+    """Update the forward scales of layers whose pass has ended; keep: whether it was one of training, else its amaxes are dropped."""
+    if keep:
+        _reduce(layers, backward=False, group=None)
+    for layer in layers:
+        if keep:
+            layer.update_forward()
+        else:
+            layer.forget_forward()
 
 
 def update_alone(layer: Scaled) -> None:

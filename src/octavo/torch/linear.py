@@ -13,7 +13,7 @@ from octavo.torch import context, ops
 from octavo.torch.operands import KINDS
 from octavo.torch.state import ScaledLayer
 
-__all__ = ["DEFAULT_RECIPE", "Linear"]
+__all__ = ["DEFAULT_RECIPE", "Linear", "activation_dtype"]
 
 DEFAULT_RECIPE = delayed_scaling()
 """What an enabled `autocast` runs where neither it nor the layer names a recipe."""
@@ -96,7 +96,7 @@ class Linear(nn.Linear, ScaledLayer):
             buffers["amax_history_backward"],
             self.next_draws(advance=record_draws) if recipe.stochastic else buffers["draws"],
             recipe.cast_key,
-            _activation_dtype(input),
+            activation_dtype(input),
             record,
         )
         if is_first_microbatch:
@@ -176,7 +176,7 @@ def _keep(operand: Tensor | None, facts: Tensor | tuple[float, ...]) -> tuple[Te
     return operand.detach(), factor.detach()
 
 
-def _activation_dtype(input: Tensor) -> torch.dtype:
+def activation_dtype(input: Tensor) -> torch.dtype:
     """The dtype that a layer computes in: torch.autocast's where that is on, else the input's."""
     device = input.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype

@@ -21,8 +21,9 @@ from octavo.rounding import Overflow, Rounding
 from octavo.scaling import Block, BlockScale, Current, Delayed, Row, TwoLevel, Unscaled, scales_in_codes
 from octavo.table import TensorSpec, Transform
 from octavo.torch.gemm import dense, inverse, operand_dtype
+from octavo.torch.watching import watch
 
-__all__ = ["KINDS", "Cast", "Operand", "Packed", "plain"]
+__all__ = ["KINDS", "Cast", "Operand", "Packed", "decoded", "plain"]
 
 KINDS = {
     torch.float32: cpu.Kind.FLOAT32,
@@ -73,6 +74,19 @@ class Packed(NamedTuple):
         return self.codes.numel() + self.back.nbytes + sum(4 * x.numel() for x in extra)
 
 
+def decoded(operand: Operand) -> Tensor:
+    """The operand's values with all its scales undone: float32, in the layout of its values."""
+    values = operand.values.float().mul_(operand.factor)
+    if operand.rows is not None:
+        values.mul_(operand.rows[:, None] if operand.last else operand.rows)
+    if operand.blocks is not None:
+        (across, along) = operand.block
+        rows, columns = values.shape if operand.last else values.shape[::-1]
+        factors = operand.blocks.repeat_interleave(across, 0)[:rows].repeat_interleave(along, 1)[:, :columns]
+        values.mul_(factors if operand.last else factors.t())
+    return values
+
+
 def plain(x: Tensor, last: bool) -> Operand:
     """An operand that the recipe leaves in high precision."""
     return Operand(x.contiguous(), last)
@@ -103,11 +117,15 @@ class Cast:
         x, upright = self._laid(x)
         values = torch.empty(x.shape, dtype=operand_dtype())
         if not self.whole:
-            return self._in_blocks(x, upright, seed, values, None)[0]
-        assert self.caster is not None
-        scale = self._scale(x, delayed)
-        amax = self.caster(_buffer(x), _buffer(values), scale, 1.0, seed, self.number << 56)
-        return Operand(values, not upright, inverse(scale), amax=amax)
+            found = self._in_blocks(x, upright, seed, values, None)[0]
+        else:
+            assert self.caster is not None
+            scale = self.scale_of(x, delayed)
+            amax = self.caster(_buffer(x), _buffer(values), scale, 1.0, seed, self.number << 56)
+            found = Operand(values, not upright, inverse(scale), amax=amax)
+        if watch.look is not None:
+            watch.look(self.number, self.spec, x, lambda: decoded(found), 1.0 / found.factor if found.factor else 1.0)
+        return found
 
     def pack(self, x: Tensor, delayed: float, seed: int = 0) -> Packed:
         """The same, held in codes.  Only of formats of at most 8 bits."""
@@ -118,7 +136,7 @@ class Cast:
             assert packed is not None
             return packed
         assert self.caster is not None
-        scale = self._scale(x, delayed)
+        scale = self.scale_of(x, delayed)
         amax = self.caster(_buffer(x), _buffer(codes, cpu.Kind.CODES), scale, 1.0, seed, self.number << 56)
         return self.packed(codes, Operand(codes[:0], not upright, inverse(scale), amax=amax), codes.shape)
 
@@ -149,7 +167,8 @@ class Cast:
             x, upright = x.t().contiguous(), False
         return (matrices.hadamard(x) if self.spec.transform is not Transform.NONE else x), upright
 
-    def _scale(self, x: Tensor, delayed: float) -> float:
+    def scale_of(self, x: Tensor, delayed: float) -> float:
+        """The one scale of x, a dense tensor: 1, `delayed` or from its own amax."""
         if self.current is None:
             return delayed if self.delayed else 1.0
         epsilon, power_of_two = self.current.epsilon, self.current.power_of_two

@@ -7,6 +7,7 @@ Shapes: T tokens, I input features, O output features.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,9 +34,12 @@ from octavo.torch.table import (
     seed_of,
     table_of,
 )
+from octavo.torch.watching import looking, watch
 
-__all__ = ["linear"]
+__all__ = ["is_plain", "linear"]
 
+_NOBODY = contextlib.nullcontext()
+"""Nobody looks at what is cast."""
 _library = torch.library.Library("octavo", "DEF")
 _library.define(
     "linear(Tensor input, Tensor weight, Tensor? bias, Tensor? kept_weight, Tensor? kept_factor, Tensor scales, "
@@ -64,7 +68,7 @@ def linear(layer: Any, keep: bool, *arguments: Any) -> tuple[Tensor, Tensor | No
     if torch.compiler.is_compiling():
         return torch.ops.octavo.linear.default(*arguments)  # type: ignore[no-any-return]
     input, weight, bias, *rest = arguments
-    return _Linear.apply(input, weight, bias, (layer if _plain(input) else None, keep, *rest))  # type: ignore[no-any-return, no-untyped-call]
+    return _Linear.apply(input, weight, bias, (layer if is_plain(input) else None, keep, *rest))  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _forward(
@@ -82,7 +86,12 @@ def _forward(
     row = table.output
     s_input, s_weight, s_output = scales.tolist()
     (t, i), o = input.shape, weight.shape[0]
-    if table.fuses[0] and kept_weight is None and fused.ready(t * i * o, input.dtype, weight.dtype):
+    if (
+        table.fuses[0]
+        and kept_weight is None
+        and watch.look is None
+        and fused.ready(t * i * o, input.dtype, weight.dtype)
+    ):
         input, weight = dense(input), dense(weight)
         x, w = torch.empty(t, i, dtype=torch.bfloat16), torch.empty(o, i, dtype=torch.bfloat16)
         y = torch.empty(t, o)
@@ -177,7 +186,12 @@ def _backward(
     grad_input = grad_weight = None
     g, i_amax = Operand(grad_output), 0.0
     grad_bias = grad_output.sum(0) if needs[2] else None
-    if table.fuses[1] and isinstance(weight, Operand) and (input is None or isinstance(input, Operand)):
+    if (
+        table.fuses[1]
+        and watch.look is None
+        and isinstance(weight, Operand)
+        and (input is None or isinstance(input, Operand))
+    ):
         found = _fused_backward(table, grad_output, input, weight, s_grad_output, needs)
         if found is not None:
             return found[0], found[1], grad_bias, (found[2], 0.0)
@@ -272,9 +286,11 @@ def _linear_backward_fake(
     )
 
 
-def _plain(x: Tensor) -> bool:
+def is_plain(x: Tensor) -> bool:
     """Whether the dispatcher would only hand `x` to the CPU kernel: then it is called directly, at half the cost of a small layer."""
-    return type(x) is Tensor and x.device.type == "cpu" and torch._C._len_torch_dispatch_stack() == 0
+    return (
+        type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" and torch._C._len_torch_dispatch_stack() == 0
+    )
 
 
 class _Linear(torch.autograd.Function):
@@ -294,7 +310,9 @@ class _Linear(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if layer is not None:
             ctx.seed = seed_of(draws, table)
-            output, x, w, facts = _forward(table, input, weight, bias, kept, factor, scales, dtype, ctx.seed)
+            ctx.look = layer.look()
+            with looking(ctx.look) if ctx.look is not None else _NOBODY:
+                output, x, w, facts = _forward(table, input, weight, bias, kept, factor, scales, dtype, ctx.seed)
             held, ctx.input = held_input(table, input, x, ctx.seed) if ctx.needs_input_grad[1] else (None, None)
             ctx.weight = w.factor if table.cast[1] else None
             ctx.save_for_backward(held, w.values if table.cast[1] else weight)
@@ -326,7 +344,9 @@ def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         held, weight = ctx.saved_tensors
         w = weight if ctx.weight is None else Operand(weight, False, ctx.weight)
         x = None if held is None else input_of(table, held, ctx.input)
-        *gradients, amaxes = _backward(table, grad_output, x, w, ctx.grad_scales, needs, ctx.seed)
+        with looking(ctx.look) if ctx.look is not None else _NOBODY:
+            *gradients, amaxes = _backward(table, grad_output, x, w, ctx.grad_scales, needs, ctx.seed)
+        ctx.layer.took_gradients(amaxes)
         if ctx.record:
             context.update_after_backward(ctx.layer)
     else:

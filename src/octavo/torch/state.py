@@ -15,6 +15,7 @@ from octavo.kernels import scales
 from octavo.recipes import Recipe
 from octavo.scaling import AmaxAlgorithm, Delayed, roll_history
 from octavo.torch import context
+from octavo.torch.watching import Look
 
 __all__ = ["BACKWARD", "FORWARD", "ScaledLayer"]
 
@@ -112,10 +113,21 @@ class ScaledLayer(nn.Module):
 
     def next_draws(self, *, advance: bool) -> Tensor:
         """The seed and step of stochastic rounding, int64 [2]; advance: a training pass, which takes a step of its own."""
-        if advance:
+        draws = self._buffers["draws"]
+        assert draws is not None
+        if advance and draws.device.type == "cpu" and not torch.compiler.is_compiling():
+            draws.numpy()[1] += 1  # the dispatcher would cost more than a small layer's casts
+        elif advance:
             with torch.no_grad():
-                self.draws[1] += 1
-        return self.draws.clone()
+                draws[1] += 1
+        return draws.clone()
+
+    def look(self) -> Look | None:
+        """What is to see the tensors of this pass as they are cast; nothing, of a layer that nobody watches."""
+        return None
+
+    def took_gradients(self, amaxes: tuple[Any, Any]) -> None:
+        """Called in eager CPU backward passes with the amaxes of grad_output and grad_input."""
 
     def gather_forward(self, amaxes: Tensor | tuple[float, ...]) -> None:
         """Take the amaxes of a forward pass, one for each of `FORWARD`, into row 0."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from octavo.table import Accumulator, Gemm, Recipe, TensorSpec
 from octavo.torch import fused
-from octavo.torch.operands import KINDS, Cast, Operand, Packed, plain
+from octavo.torch.operands import KINDS, Cast, Operand, Packed, decoded, plain
 
 __all__ = [
     "Row",
@@ -37,13 +37,7 @@ def result(y: Tensor, cast: Cast | None, delayed: float, seed: int, dtype: torch
     if cast is None:
         return y, 0.0
     found = cast(y, delayed, seed)
-    values = found.values.float().mul_(found.factor)
-    if found.rows is not None:
-        values.mul_(found.rows[:, None])
-    if found.blocks is not None:
-        (across, along), (rows, columns) = found.block, y.shape
-        values.mul_(found.blocks.repeat_interleave(across, 0)[:rows].repeat_interleave(along, 1)[:, :columns])
-    return values.to(dtype), found.amax
+    return decoded(found).to(dtype), found.amax
 
 
 class Row(NamedTuple):
@@ -141,7 +135,7 @@ def backward_pass(
     return fused.Pass((_link(left, g, t * o),), needed, many)
 
 
-def seed_of(draws: Tensor, table: Table) -> int:
+def seed_of(draws: Tensor, table: Table | Recipe) -> int:
     """The seed of this pass, from a layer's seed and step; 0 where the recipe draws nothing."""
     if not table.stochastic:
         return 0

@@ -1,0 +1,1 @@
+"""What casts do to the tensors of a model: statistics of each, written down as it trains, and tensors kept whole."""

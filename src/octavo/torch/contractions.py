@@ -1,0 +1,230 @@
+"""Functions of torch that multiply matrices, each brought to a `Linear`'s product, a batch of matrices or a convolution.
+
+Each takes the place and then what the function takes.  Whatever of it is no product (reshaping, masks, softmax) is PyTorch's own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from octavo.torch.bilinear import Convolution, MatrixProduct
+from octavo.torch.place import Place
+
+__all__ = ["added_matmul", "attention", "convolution", "einsum", "linear", "matmul", "transposed_convolution"]
+
+_MATRICES = MatrixProduct()
+
+
+def linear(place: Place, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear`; weight: [O, I] or [I]."""
+    site = place.site("linear", input, main=True)
+    if weight.dim() == 1:
+        return place.linear(site, input, weight[None], None if bias is None else bias.reshape(1)).squeeze(-1)
+    return place.linear(site, input, weight, bias)
+
+
+def matmul(place: Place, input: Tensor, other: Tensor, *, word: str = "matmul") -> Tensor:
+    """`torch.matmul` of any ranks, which broadcast."""
+    if 0 in (input.dim(), other.dim()) or not (input.is_floating_point() and other.is_floating_point()):
+        return torch.matmul(input, other)
+    site = place.site(word, input)
+    if other.dim() == 1:
+        return place.linear(site, input, other[None], None).squeeze(-1)
+    if other.dim() == 2:
+        return place.linear(site, input, other.mT, None)
+    left = input[None] if input.dim() == 1 else input
+    batch = torch.broadcast_shapes(left.shape[:-2], other.shape[:-2])
+    a = left.expand(*batch, *left.shape[-2:]).reshape(-1, *left.shape[-2:])
+    b = other.mT.expand(*batch, *other.mT.shape[-2:]).reshape(-1, *other.mT.shape[-2:])
+    y = place.product(site, _MATRICES, a, b).reshape(*batch, left.shape[-2], other.shape[-1])
+    return y.squeeze(-2) if input.dim() == 1 else y
+
+
+def added_matmul(
+    place: Place, input: Tensor, first: Tensor, second: Tensor, *, beta: float = 1, alpha: float = 1
+) -> Tensor:
+    """`beta * input + alpha * (first @ second)`: `addmm`, `addmv`, `baddbmm`."""
+    if beta == alpha == 1 and input.dim() == 1 and second.dim() == 2 and input.shape[0] == second.shape[1]:
+        return place.linear(place.site("matmul", first), first, second.mT, input)
+    y = matmul(place, first, second)
+    y = y if alpha == 1 else alpha * y
+    return y if beta == 0 else input + y if beta == 1 else beta * input + y
+
+
+def _tuple(value: Any, rank: int) -> tuple[int, ...]:
+    return (int(value),) * rank if isinstance(value, int) else tuple(value) * (rank if len(value) == 1 else 1)
+
+
+def _convolve(place: Place, kind: Convolution, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    site = place.site("convolution", input, main=True)
+    if input.dim() == weight.dim():
+        return place.product(site, kind, input, weight, bias)
+    return place.product(site, kind, input[None], weight, bias)[0]
+
+
+def convolution(rank: int) -> Callable[..., Tensor]:
+    """`torch.conv1d`, `conv2d` or `conv3d`."""
+
+    def convolve(
+        place: Place,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Tensor:
+        dilation = _tuple(dilation, rank)
+        if padding == "same":
+            total = [d * (size - 1) for d, size in zip(dilation, weight.shape[2:], strict=True)]
+            # An odd number of elements goes to the end, the last axis first in what F.pad takes.
+            input = F.pad(input, [more for width in reversed(total) for more in (0, width % 2)])
+            padding = [width // 2 for width in total]
+        kind = Convolution(
+            stride=_tuple(stride, rank),
+            padding=_tuple(0 if padding == "valid" else padding, rank),
+            dilation=dilation,
+            transposed=False,
+            output_padding=(0,) * rank,
+            groups=groups,
+        )
+        return _convolve(place, kind, input, weight, bias)
+
+    return convolve
+
+
+def transposed_convolution(rank: int) -> Callable[..., Tensor]:
+    """`torch.conv_transpose1d`, `conv_transpose2d` or `conv_transpose3d`."""
+
+    def convolve(
+        place: Place,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        output_padding: Any = 0,
+        groups: int = 1,
+        dilation: Any = 1,
+    ) -> Tensor:
+        kind = Convolution(
+            stride=_tuple(stride, rank),
+            padding=_tuple(padding, rank),
+            dilation=_tuple(dilation, rank),
+            transposed=True,
+            output_padding=_tuple(output_padding, rank),
+            groups=groups,
+        )
+        return _convolve(place, kind, input, weight, bias)
+
+    return convolve
+
+
+def attention(
+    place: Place,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`F.scaled_dot_product_attention`: two emulated products around a softmax in float32."""
+    if enable_gqa:
+        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+    scores = matmul(place, query, key.mT, word="scores")
+    scores = scores * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    if is_causal:
+        if attn_mask is not None:
+            raise ValueError("scaled_dot_product_attention takes attn_mask or is_causal=True; got both: leave one out")
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype is torch.bool else scores + attn_mask
+    weights = torch.softmax(scores, -1)
+    if attn_mask is not None and attn_mask.dtype is torch.bool:
+        # A row that attends to nothing is zero, as PyTorch has it, not NaN.
+        weights = weights.masked_fill(~attn_mask.any(-1, keepdim=True), 0.0)
+    return matmul(place, F.dropout(weights, dropout_p) if dropout_p else weights, value, word="context")
+
+
+def einsum(place: Place, equation: Any, *operands: Any) -> Tensor:
+    """`torch.einsum` of an equation as text; of more than two operands, two at a time from the left."""
+    if not isinstance(equation, str):
+        raise ValueError(
+            "einsum is emulated with its equation as text ('ij,jk->ik'); write it so, or exempt the module"
+        )
+    tensors = list(operands[0] if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else operands)
+    terms, output = _parsed(equation, tensors)
+    while len(tensors) > 2:
+        later = set("".join(terms[2:])) | set(output)
+        kept = "".join(dict.fromkeys(letter for letter in terms[0] + terms[1] if letter in later))
+        tensors[:2] = [_contracted(place, terms[0], terms[1], kept, *tensors[:2])]
+        terms[:2] = [kept]
+    if len(tensors) == 1:
+        return torch.einsum(f"{terms[0]}->{output}", tensors[0])
+    return _contracted(place, terms[0], terms[1], output, *tensors)
+
+
+def _parsed(equation: str, tensors: Sequence[Tensor]) -> tuple[list[str], str]:
+    """The letters of each operand and of the output; those that an ellipsis stands for are capitals from Z on, and free."""
+    left, arrow, output = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    if len(terms) != len(tensors):
+        raise ValueError(f"einsum {equation!r} names {len(terms)} operands; got {len(tensors)}")
+    free = [letter for letter in "ZYXWVUTSRQPONMLKJIHGFEDCBA" if letter not in equation]
+    ranks = [tensor.dim() - len(term) + 3 for term, tensor in zip(terms, tensors, strict=True) if "..." in term]
+    dots = "".join(reversed(free[: max(ranks, default=0)]))
+    for number, (term, tensor) in enumerate(zip(terms, tensors, strict=True)):
+        hidden = tensor.dim() - len(term) + 3
+        terms[number] = term.replace("...", dots[len(dots) - hidden :] if hidden else "")
+    if not arrow:
+        letters = "".join(terms)
+        output = "..." + "".join(sorted(c for c in set(letters) if letters.count(c) == 1 and c not in dots))
+    return terms, output.replace("...", dots)
+
+
+def _contracted(place: Place, one: str, other: str, output: str, a: Tensor, b: Tensor) -> Tensor:
+    """Two operands as a batch of matrices: letters of both and the output make the batch, those of both alone are contracted."""
+    a, one = _distinct(a, one, other + output)
+    b, other = _distinct(b, other, one + output)
+    batch = [letter for letter in one if letter in other and letter in output]
+    inner = [letter for letter in one if letter in other and letter not in output]
+    rows = [letter for letter in one if letter not in other]
+    columns = [letter for letter in other if letter not in one]
+    sizes = dict(zip(other, b.shape, strict=True)) | {
+        letter: size for letter, size in zip(one, a.shape, strict=True) if size != 1 or letter not in other
+    }
+    for letter, size in zip(other, b.shape, strict=True):
+        if size != 1:
+            sizes[letter] = size
+    count = {
+        name: [sizes[letter] for letter in letters]
+        for name, letters in (("batch", batch), ("inner", inner), ("rows", rows), ("columns", columns))
+    }
+    a = a.permute([one.index(letter) for letter in (*batch, *rows, *inner)])
+    b = b.permute([other.index(letter) for letter in (*batch, *columns, *inner)])
+    a = a.expand(*count["batch"], *count["rows"], *count["inner"])
+    b = b.expand(*count["batch"], *count["columns"], *count["inner"])
+    groups, width = math.prod(count["batch"]), math.prod(count["inner"])
+    left = a.reshape(groups, math.prod(count["rows"]), width)
+    right = b.reshape(groups, math.prod(count["columns"]), width)
+    site = place.site("einsum", left)
+    product = place.product(site, _MATRICES, left, right) if batch else place.linear(site, left[0], right[0], None)
+    y = product.reshape(*count["batch"], *count["rows"], *count["columns"])
+    letters = [*batch, *rows, *columns]
+    return y.permute([letters.index(letter) for letter in output])
+
+
+def _distinct(x: Tensor, letters: str, elsewhere: str) -> tuple[Tensor, str]:
+    """x with its diagonals taken and the letters that stand nowhere else summed."""
+    kept = "".join(dict.fromkeys(letter for letter in letters if letter in elsewhere))
+    return (x, letters) if kept == letters else (torch.einsum(f"{letters}->{kept}", x), kept)

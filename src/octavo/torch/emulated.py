@@ -1,0 +1,365 @@
+"""Products of an emulated model as a recipe has them: `octavo::product` and `octavo::product_backward`.
+
+They run the three GEMMs of a `Convolution` or a `MatrixProduct`: operands cast, their values multiplied by PyTorch in float32, results
+cast.  As in `octavo.torch.ops` a recipe travels as text, amaxes come out, and eager CPU tensors are not dispatched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from octavo.table import Accumulator, Gemm
+from octavo.torch import context
+from octavo.torch.bilinear import Product, product_from
+from octavo.torch.layouts import Cells, Found, Layout, as_it_lies, cast_tensor, cells_of, marked
+from octavo.torch.ops import is_plain
+from octavo.torch.state import gather
+from octavo.torch.table import seed_of
+from octavo.torch.watching import looking
+
+__all__ = ["numbers", "packed", "product"]
+
+_library = torch.library.Library("octavo", "FRAGMENT")
+_library.define(
+    "product(Tensor left, Tensor right, Tensor? bias, Tensor scales, Tensor grad_scales, Tensor grad_history, Tensor draws, "
+    "str recipe, str product, ScalarType dtype, bool record) -> (Tensor, Tensor)"
+)
+_library.define(
+    "product_backward(Tensor grad_output, Tensor left, Tensor right, Tensor facts, Tensor scales, Tensor draws, str recipe, str product, "
+    "bool[] needs, bool record) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_OUTPUT, _GRAD_INPUT, _GRAD_WEIGHT = 2, 5, 8
+"""The numbers of the three results' cells."""
+
+
+def product(site: Any, *arguments: Any) -> tuple[Tensor, Any]:
+    """The product of `product(site, left, right, bias, scales, grad_scales, grad_history, draws, recipe, product, dtype, record)`, and
+    facts, float32 [5]: the scales that left and right were cast with, and the amaxes of left, right and it; Python floats where eager
+    CPU tensors were not dispatched.
+
+    site: whose scales these are; left, right: as `product`, a spelled `Product`, takes them; bias: [channels] or None; the rest as of
+    `octavo.torch.ops.linear`.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.octavo.product.default(*arguments)  # type: ignore[no-any-return]
+    left, right, bias, *rest = arguments
+    if not is_plain(left):
+        return torch.ops.octavo.product.default(*arguments)  # type: ignore[no-any-return]
+    return _Product.apply(left, right, bias, (site, *rest))  # type: ignore[no-any-return, no-untyped-call]
+
+
+def numbers(scales: Tensor) -> Sequence[Any]:
+    """Scales as casts take them: floats on the CPU, tensors of one element elsewhere."""
+    return scales.tolist() if scales.device.type == "cpu" else scales.split(1)
+
+
+def _in_own_dtypes(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Within it torch.autocast leaves dtypes alone."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+
+
+def _check_sums(row: Gemm, gemm: str) -> None:
+    if row.accumulator not in (Accumulator.FLOAT32, Accumulator.BFLOAT16_OUT):
+        raise ValueError(
+            f"{row.accumulator.value} sums are emulated in linear layers only; give {gemm} Accumulator.FLOAT32 or exempt the layer"
+        )
+
+
+def _rounded_sum(y: Tensor, row: Gemm) -> Tensor:
+    return y.bfloat16().to(y.dtype) if row.accumulator is Accumulator.BFLOAT16_OUT else y
+
+
+def _result(y: Tensor, cells: Cells, cell: int, scale: Any, seed: int) -> tuple[Tensor, Any]:
+    cast = cells.casts[cell]
+    if cast is None:
+        return y, 0.0
+    found = cast_tensor(y, cast, as_it_lies(y.dim()), scale, seed, in_place=True)
+    return marked(found.values, cast), found.amax
+
+
+def _forward(
+    cells: Cells,
+    product: Product,
+    left: Tensor,
+    right: Tensor,
+    bias: Tensor | None,
+    scales: Tensor,
+    dtype: torch.dtype,
+    seed: int,
+) -> tuple[Tensor, tuple[Any, ...]]:
+    """The output and the facts, in Python floats or tensors of one element."""
+    row = cells.recipe.output
+    _check_sums(row, "output")
+    s_left, s_right, s_output = numbers(scales)
+    layouts = product.layouts(left.shape, right.shape, ())
+    with _in_own_dtypes(left):
+        a = cast_tensor(left, cells.casts[0], layouts[0], s_left, seed, slot=0)
+        b = cast_tensor(right, cells.casts[1], layouts[1], s_right, seed, slot=1)
+        wide = torch.promote_types(a.values.dtype, b.values.dtype)
+        base = None if bias is None else bias.to(wide)
+        if row.accumulator is Accumulator.BFLOAT16_OUT:
+            y = _rounded_sum(product.forward(a.values.to(wide), b.values.to(wide), None), row)
+            if base is not None:
+                y = y + base.reshape(-1, *[1] * (y.dim() - 2))
+        else:
+            y = product.forward(a.values.to(wide), b.values.to(wide), base)
+        y, y_amax = _result(y, cells, _OUTPUT, s_output, seed)
+        return y.to(dtype), (a.scale, b.scale, a.amax, b.amax, y_amax)
+
+
+def _backward(
+    cells: Cells,
+    product: Product,
+    grad_output: Tensor,
+    left: Tensor,
+    right: Tensor,
+    facts: Sequence[Any],
+    scales: Tensor,
+    needs: Sequence[bool],
+    seed: int,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, tuple[Any, Any]]:
+    """The gradients wanted, float32, and the amaxes of grad_output and grad_input.
+
+    left and right are cast again, by the scales of the forward pass: that costs less than the memory to keep what they were cast to.
+    """
+    s_grad_output, s_grad_input = numbers(scales)
+    shapes = left.shape, right.shape
+    layouts = product.layouts(*shapes, grad_output.shape)
+    grad_left = grad_right = grad_bias = None
+    g: Found | None = None
+    i_amax: Any = 0.0
+    if needs[0]:
+        _check_sums(cells.recipe.grad_input, "grad_input")
+        g = cast_tensor(grad_output, cells.casts[3], layouts[2], s_grad_output, seed, slot=2)
+        b = _again(right, cells, (1, 4), (layouts[1], layouts[3]), facts[1], seed, once=cells.weight_once, slot=1)
+    if needs[1]:
+        _check_sums(cells.recipe.grad_weight, "grad_weight")
+        a = _again(left, cells, (0, 7), (layouts[0], layouts[5]), facts[0], seed, once=cells.input_once, slot=0)
+    if g is not None and needs[1] and cells.grad_output_once:
+        wide = torch.promote_types(g.values.dtype, torch.promote_types(a.dtype, b.dtype))
+        grad_left, grad_right = product.grads(g.values.to(wide), a.to(wide), b.to(wide), shapes)
+    else:
+        if g is not None:
+            wide = torch.promote_types(g.values.dtype, b.dtype)
+            grad_left = product.grad_left(g.values.to(wide), b.to(wide), shapes[0])
+        if needs[1]:
+            turned = cast_tensor(grad_output, cells.casts[6], layouts[4], s_grad_output, seed, slot=2)
+            g = turned if g is None else g
+            wide = torch.promote_types(turned.values.dtype, a.dtype)
+            grad_right = product.grad_right(turned.values.to(wide), a.to(wide), shapes[1])
+    if grad_left is not None:
+        summed = _rounded_sum(grad_left, cells.recipe.grad_input)
+        grad_left, i_amax = _result(summed, cells, _GRAD_INPUT, s_grad_input, seed)
+    if grad_right is not None:
+        grad_right, _ = _result(_rounded_sum(grad_right, cells.recipe.grad_weight), cells, _GRAD_WEIGHT, 1.0, seed)
+    if needs[2]:
+        grad_bias = grad_output.sum(product.bias_axes(grad_output.dim()))
+    return grad_left, grad_right, grad_bias, (0.0 if g is None else g.amax, i_amax)
+
+
+def _again(
+    x: Tensor,
+    cells: Cells,
+    numbers: tuple[int, int],
+    layouts: Sequence[Layout],
+    scale: Any,
+    seed: int,
+    *,
+    once: bool,
+    slot: int,
+) -> Tensor:
+    """The values of an operand of the forward pass in the backward one: of the same cast, or of its other cell."""
+    cell, layout = (numbers[0], layouts[0]) if once else (numbers[1], layouts[1])
+    return cast_tensor(x, cells.casts[cell], layout, scale if once else 1.0, seed, again=once, slot=slot).values
+
+
+def packed(amaxes: Sequence[Any], like: Tensor) -> Tensor:
+    """Amaxes, floats or tensors of one element, as one tensor."""
+    if all(isinstance(amax, float) for amax in amaxes):
+        return torch.tensor(amaxes, dtype=torch.float32, device=like.device)
+    return torch.stack([torch.as_tensor(amax, device=like.device).float().reshape(()) for amax in amaxes])
+
+
+def _product_of_tensors(
+    left: Tensor,
+    right: Tensor,
+    bias: Tensor | None,
+    scales: Tensor,
+    grad_scales: Tensor,
+    grad_history: Tensor,
+    draws: Tensor,
+    recipe: str,
+    product: str,
+    dtype: torch.dtype,
+    record: bool,
+) -> tuple[Tensor, Tensor]:
+    """`octavo::product`: the output and the facts, float32 [5]."""
+    cells = cells_of(recipe)
+    y, facts = _forward(cells, product_from(product), left, right, bias, scales, dtype, seed_of(draws, cells.recipe))
+    return y.contiguous(), packed(facts, scales)
+
+
+@torch.library.register_fake("octavo::product", lib=_library)
+def _product_fake(
+    left: Tensor,
+    right: Tensor,
+    bias: Tensor | None,
+    scales: Tensor,
+    grad_scales: Tensor,
+    grad_history: Tensor,
+    draws: Tensor,
+    recipe: str,
+    product: str,
+    dtype: torch.dtype,
+    record: bool,
+) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(left.dtype, right.dtype)
+    y = product_from(product).forward(left.to(wide), right.to(wide), None)
+    return y.new_empty(y.shape, dtype=dtype), scales.new_empty(5)
+
+
+def _product_backward_of_tensors(
+    grad_output: Tensor,
+    left: Tensor,
+    right: Tensor,
+    facts: Tensor,
+    scales: Tensor,
+    draws: Tensor,
+    recipe: str,
+    product: str,
+    needs: list[bool],
+    record: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`octavo::product_backward`: gradients in float32 (float64 where something is), empty where not wanted, and amaxes, float32 [2]."""
+    cells = cells_of(recipe)
+    *gradients, amaxes = _backward(
+        cells,
+        product_from(product),
+        grad_output,
+        left,
+        right,
+        numbers(facts),
+        scales,
+        needs,
+        seed_of(draws, cells.recipe),
+    )
+    if record:
+        context.update_after_backward(None)
+    one, two, three = (
+        grad_output.new_empty(0) if gradient is None else gradient.contiguous() for gradient in gradients
+    )
+    return one, two, three, packed(amaxes, scales)
+
+
+@torch.library.register_fake("octavo::product_backward", lib=_library)
+def _product_backward_fake(
+    grad_output: Tensor,
+    left: Tensor,
+    right: Tensor,
+    facts: Tensor,
+    scales: Tensor,
+    draws: Tensor,
+    recipe: str,
+    product: str,
+    needs: list[bool],
+    record: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wide = torch.float64 if torch.float64 in (grad_output.dtype, left.dtype, right.dtype) else torch.float32
+    axes = product_from(product).bias_axes(grad_output.dim())
+    channels = [size for axis, size in enumerate(grad_output.shape) if axis not in axes]
+    return (
+        grad_output.new_empty(left.shape if needs[0] else 0, dtype=wide if needs[0] else grad_output.dtype),
+        grad_output.new_empty(right.shape if needs[1] else 0, dtype=wide if needs[1] else grad_output.dtype),
+        grad_output.new_empty(channels if needs[2] else 0),
+        scales.new_empty(2),
+    )
+
+
+class _Product(torch.autograd.Function):
+    """The gradients of `octavo::product`, or, where a site is given, all of it without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, right: Tensor, bias: Tensor | None, others: Any) -> Any:
+        site, scales, ctx.grad_scales, ctx.grad_history, draws, ctx.recipe, ctx.product, dtype, ctx.record = others
+        ctx.site, ctx.draws = site, draws
+        ctx.dtypes = left.dtype, right.dtype, bias is not None and bias.dtype
+        ctx.set_materialize_grads(False)
+        if site is not None:
+            cells = cells_of(ctx.recipe)
+            ctx.seed, ctx.look = seed_of(draws, cells.recipe), site.look()
+            with looking(ctx.look):
+                y, ctx.facts = _forward(cells, product_from(ctx.product), left, right, bias, scales, dtype, ctx.seed)
+            ctx.save_for_backward(left, right)
+            return y, ctx.facts
+        with torch._C._AutoDispatchBelowAutograd():
+            y, facts = torch.ops.octavo.product.default(left, right, bias, *others[1:])
+        ctx.save_for_backward(left, right, facts)
+        ctx.mark_non_differentiable(facts)
+        return y, facts
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if grad_output is None:
+            return (None,) * 4
+        return (_refusing_a_second if torch.is_grad_enabled() else _gradients)(ctx, grad_output)
+
+
+def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    needs = ctx.needs_input_grad[:3]
+    left, right, *tensor_facts = ctx.saved_tensors
+    if ctx.site is not None:
+        cells = cells_of(ctx.recipe)
+        with looking(ctx.look):
+            *gradients, amaxes = _backward(
+                cells,
+                product_from(ctx.product),
+                grad_output,
+                left,
+                right,
+                ctx.facts,
+                ctx.grad_scales,
+                needs,
+                ctx.seed,
+            )
+        ctx.site.took_gradients(amaxes)
+        if ctx.record:
+            context.update_after_backward(ctx.site)
+    else:
+        *found, amaxes = torch.ops.octavo.product_backward.default(
+            grad_output,
+            left,
+            right,
+            tensor_facts[0],
+            ctx.grad_scales,
+            ctx.draws,
+            ctx.recipe,
+            ctx.product,
+            needs,
+            ctx.record,
+        )
+        gradients = [gradient if need else None for gradient, need in zip(found, needs, strict=True)]
+    if ctx.record:
+        gather(ctx.grad_history, amaxes)
+    return (
+        *(None if x is None else x.to(dtype) for x, dtype in zip(gradients, ctx.dtypes, strict=True)),
+        None,
+    )
+
+
+_refusing_a_second = torch.autograd.function.once_differentiable(_gradients)
+
+
+def _product_autograd(left: Tensor, right: Tensor, bias: Tensor | None, *rest: Any) -> Any:
+    return _Product.apply(left, right, bias, (None, *rest))  # type: ignore[no-untyped-call]
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("product", _product_of_tensors, _device)
+    _library.impl("product_backward", _product_backward_of_tensors, _device)
+_library.impl("product", _product_autograd, "Autograd")
