@@ -37,6 +37,7 @@ bench: $(STAMP) ## the benchmarks, each beside its peers; writes benchmarks/resu
 	$(BIN)/python benchmarks/casts.py
 	$(BIN)/python benchmarks/linear.py
 	$(BIN)/python benchmarks/jax_step.py
+	$(BIN)/python benchmarks/emulate.py
 
 gpu: $(STAMP) ## the tests and benchmarks that need a CUDA device; without one it says so
 	@$(BIN)/python -c "import sys, torch; sys.exit(torch.cuda.is_available())" \

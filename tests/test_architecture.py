@@ -16,7 +16,8 @@ LAYERS = (
     ("kernels",),
     ("casts", "qtensor", "cuts", "archive", "checkpoint"),
     ("torch", "jax", "engine", "diagnose"),
-    ("lab", "mpemu"),
+    ("mpemu",),
+    ("lab",),
     ("cli",),
 )
 """From the bottom up: a module imports from its own layer and from those below."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parents[1]
-INTERPRETED = ("test_gpu_casts.py", "test_gpu_linear.py", "test_gpu_matrices.py")
+INTERPRETED = ("test_gpu_casts.py", "test_gpu_emulate.py", "test_gpu_linear.py", "test_gpu_matrices.py")
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -28,7 +28,7 @@ def run(*arguments: str, **variables: str) -> str:
 def test_the_interpreted_kernels_equal_the_reference(name: str) -> None:
     out = run("-m", "pytest", "-x", "-p", "no:cacheprovider", str(TESTS / "gpu" / name), TRITON_INTERPRET="1")
     assert " passed" in out
-    assert "skipped" not in out
+    assert "skipped" not in out or name == "test_gpu_emulate.py"  # a whole model needs the device
 
 
 def test_the_kernels_compile_for_hopper_and_neither_flush_nor_fuse_nor_approximate(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from octavo.torch.accuracy import AccuracyReport, compare_accuracy
 from octavo.torch.calibration import Calibration
 from octavo.torch.context import autocast, fp8_autocast
 from octavo.torch.convert import calibrate, convert
-from octavo.torch.emulate import Emulation, emulate
+from octavo.torch.emulate import Emulation, emulate, emulation_of
 from octavo.torch.linear import Linear
 from octavo.torch.loss_scaling import LossScaleError, LossScaler
 from octavo.torch.masters import round_masters
@@ -32,6 +32,7 @@ __all__ = [
     "compare_accuracy",
     "convert",
     "emulate",
+    "emulation_of",
     "fp8_autocast",
     "load_quantized",
     "ptq_recipe",

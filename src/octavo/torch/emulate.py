@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, TypeAlias
@@ -27,7 +28,7 @@ from octavo.torch.place import Place, now
 from octavo.torch.site import Site
 from octavo.torch.watching import Look
 
-__all__ = ["Emulation", "Patterns", "emulate"]
+__all__ = ["Emulation", "Patterns", "emulate", "emulation_of", "install"]
 
 Patterns: TypeAlias = Iterable[str | type[nn.Module]]
 """Modules by qualified name, with *, ? and [] as in file names, or by type."""
@@ -56,8 +57,9 @@ def emulate(
     mul and div read tensors as they are, and store results and gradients as the recipe's `result` cells say, if it has any (`direct`).
     All else runs as it is.  Parameters keep their values and dtype; state_dict() keeps its keys.
     NaN and Inf in an operand or a result raise ValueError with the module, the tensor and the step; under a loss scale they are named
-    where the step is skipped.  Raises ValueError for patterns that fit nothing, foreign optimizers, parameters that are complex or
-    integers, and a model that is emulated already.
+    where the step is skipped, or in a warning where casts saturated them and it was not.
+    Raises ValueError for patterns that fit nothing, foreign optimizers, parameters that are complex or integers, and a model that is
+    emulated already.
     """
     recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
     context.check_recipe(recipe)
@@ -70,6 +72,12 @@ def emulate(
         return None if name in spared else without if name in fused else recipe
 
     return install(model, recipe, choose, optimizer=optimizer, loss_scale=loss_scale, master=master, seed=seed)
+
+
+def emulation_of(model: nn.Module) -> Emulation | None:
+    """The emulation of a model; None where it has none.  A copy of an emulated model (`copy.deepcopy`) has one of its own."""
+    entered = model.__dict__.get("forward")
+    return entered.emulation if isinstance(entered, _Entered) else None
 
 
 def install(
@@ -170,6 +178,8 @@ class Emulation:
             optimizer.step()
         else:
             taken = self.scaler.step(optimizer, self.global_step, blame=bad)
+        if taken and bad is not None:
+            warnings.warn(f"{bad}; casts saturated it, and the step was taken", stacklevel=2)
         if taken and self.master is not None:
             self.round_masters(parameters)
         self.global_step += 1
@@ -331,7 +341,9 @@ def _chosen(modules: Mapping[str, nn.Module], patterns: Patterns, what: str, *, 
 def _check_model(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module.__dict__.get("forward"), _Entered):
-            raise ValueError(f"{name or 'the model'} is emulated already; call remove() of that emulation first")
+            raise ValueError(
+                f"{name or 'the model'} is emulated already; call octavo.torch.emulation_of(model).remove() first"
+            )
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point():
             raise ValueError(

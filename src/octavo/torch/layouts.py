@@ -23,7 +23,20 @@ from octavo.torch.gemm import dense
 from octavo.torch.operands import KINDS, Cast
 from octavo.torch.watching import watch
 
-__all__ = ["Cells", "Found", "Layout", "as_it_lies", "carry_mark", "cast_tensor", "cells_of", "is_marked", "marked"]
+__all__ = [
+    "Cells",
+    "Found",
+    "Layout",
+    "as_it_lies",
+    "carry_mark",
+    "cast_tensor",
+    "cells_of",
+    "is_marked",
+    "marked",
+    "matrix_on_cpu",
+    "matrix_on_device",
+    "whole_on_device",
+]
 
 
 class Layout(NamedTuple):
@@ -150,7 +163,7 @@ def cast_tensor(
         if x.device.type == "cpu":
             found = _whole(x, cast, delayed, seed, again, in_place and watch.look is None, slot)
         else:
-            found = _whole_on_device(x, cast, delayed, seed, again)
+            found = whole_on_device(x, cast, delayed, seed, again)
     else:
         found = _laid(x, cast, layout, delayed, seed, slot)
     if watch.look is not None and not again:
@@ -204,7 +217,8 @@ def _is_dense(x: Tensor) -> bool:
     return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
 
 
-def _whole_on_device(x: Tensor, cast: Cast, delayed: float | Tensor, seed: int, again: bool) -> Found:
+def whole_on_device(x: Tensor, cast: Cast, delayed: float | Tensor, seed: int, again: bool) -> Found:
+    """A cast with one scale on another device than the CPU: the CPU's bits."""
     from octavo.kernels import cuda, cuda_casts
 
     spec, scale = cast.spec, delayed if cast.delayed or again else 1.0
@@ -238,7 +252,7 @@ def _laid(x: Tensor, cast: Cast, layout: Layout, delayed: float | Tensor, seed: 
     flat = laid.reshape(-1, columns).contiguous()
     if not flat.numel():
         return Found(x.float())
-    values, amax = (_by_cpu if x.device.type == "cpu" else _by_device)(flat, cast, delayed, seed)
+    values, amax = (matrix_on_cpu if x.device.type == "cpu" else matrix_on_device)(flat, cast, delayed, seed)
     return Found(layout.back(values.reshape(batch, rows + short, -1)[:, :rows], x.shape), amax)
 
 
@@ -268,14 +282,16 @@ def _standing(x: Tensor, cast: Cast, layout: Layout, slot: int | None) -> Found 
     return Found(values, amax)
 
 
-def _by_cpu(matrix: Tensor, cast: Cast, delayed: float | Tensor, seed: int) -> tuple[Tensor, float]:
+def matrix_on_cpu(matrix: Tensor, cast: Cast, delayed: float | Tensor, seed: int) -> tuple[Tensor, float]:
+    """The values that an operand matrix is cast to, and its amax."""
     draws = seed if cast.stochastic else None
     return matrices.quantize_with_amax(
         matrix, cast.spec, scale=float(delayed) if cast.delayed else 1.0, seed=draws, offset=cast.number << 56
     )
 
 
-def _by_device(matrix: Tensor, cast: Cast, delayed: float | Tensor, seed: int) -> tuple[Tensor, Tensor]:
+def matrix_on_device(matrix: Tensor, cast: Cast, delayed: float | Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """The same on another device than the CPU."""
     from octavo.kernels import cuda
 
     draws = seed if cast.stochastic else None

@@ -135,7 +135,8 @@ class Site(ScaledLayer):
         draws = self._buffers["draws"]
         assert draws is not None
         if recipe.stochastic:
-            draws = self.next_draws(advance=training and grads and not repeating)
+            # In eval mode too, where gradients are wanted: else a frozen layer would draw alike at each step.
+            draws = self.next_draws(advance=grads and not repeating)
         return record, repeating, self.scales_for(repeating=repeating), draws
 
     def _end_pass(self, gather: bool, amaxes: Tensor | tuple[float, ...]) -> None:
