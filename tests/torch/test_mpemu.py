@@ -674,7 +674,7 @@ def test_a_model_is_fused_at_once_where_asked() -> None:
         ),
         (
             lambda m: mpt_emu.initialize(m, None, list_layers_output_fused=["fc9"]),
-            "list_layers_output_fused: 'fc9' fits",
+            "list_layers_output_fused 'fc9' fits",
         ),
         (lambda m: mpt_emu.quantize_model(m, dtype="e4m4"), "dtype is one of e5m2, e4m3, e3m4, hybrid; got 'e4m4'"),
         (lambda m: mpt_emu.quantize_model(m, calibrate=True, fuse_bn=True), "no batch has passed"),

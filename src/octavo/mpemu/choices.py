@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -16,7 +15,7 @@ from octavo.names import nearest
 from octavo.recipes import Recipe, TensorSpec, direct
 from octavo.rounding import Overflow, Rounding
 from octavo.scaling import Current, Row, Unscaled
-from octavo.torch.emulate import Patterns, output_uncast
+from octavo.torch.choosing import Patterns, chosen, output_uncast
 from octavo.torch.loss_scaling import LossScaler
 
 __all__ = [
@@ -189,16 +188,7 @@ def _outwards(name: str) -> list[str]:
 
 def _fitting(modules: Mapping[str, nn.Module], patterns: Patterns, what: str) -> frozenset[str]:
     """The names that patterns fit: qualified names, with *, ? and [] as in file names, and types."""
-    found: set[str] = set()
-    for pattern in _listed(patterns, what):
-        if not isinstance(pattern, str):
-            found |= _of_kinds(modules, [pattern], what)
-            continue
-        names = fnmatch.filter(modules, pattern)
-        if not names:
-            raise ValueError(f"{what}: {pattern!r} fits no module of the model{nearest(pattern, modules)}")
-        found.update(names)
-    return frozenset(found)
+    return frozenset(chosen(modules, _listed(patterns, what), what, inside=False))
 
 
 def _of_kinds(modules: Mapping[str, nn.Module], kinds: Iterable[type[nn.Module] | str], what: str) -> frozenset[str]:

@@ -41,7 +41,8 @@ from octavo.mpemu.choices import (
 )
 from octavo.recipes import Recipe
 from octavo.rounding import checked_counter
-from octavo.torch.emulate import Emulation, Patterns, install
+from octavo.torch.choosing import Patterns
+from octavo.torch.emulate import Emulation, install
 from octavo.torch.loss_scaling import LossScaler
 from octavo.torch.quantization import ptq_recipe
 from octavo.torch.quantization import quantize_model as quantized_copy

@@ -20,6 +20,7 @@ from octavo.recipes import Recipe
 
 __all__ = [
     "Frame",
+    "agree",
     "autocast",
     "check_recipe",
     "current",
@@ -27,7 +28,9 @@ __all__ = [
     "has_ranks",
     "in_backward",
     "inside_function",
+    "once",
     "register",
+    "unregister",
     "update_after_backward",
     "update_alone",
     "update_forward",
@@ -48,6 +51,7 @@ class Scaled(Protocol):
     """A layer with scales to update; `octavo.torch.state.ScaledLayer` is the one there is."""
 
     serial: int
+    name: str
 
     def rows_to_reduce(self, *, backward: bool) -> list[torch.Tensor]: ...
     def update_forward(self) -> None: ...
@@ -74,6 +78,26 @@ _layers: weakref.WeakSet[Scaled] = weakref.WeakSet()
 def register(layer: Scaled) -> None:
     """Have the layer's scales updated for as long as it lives.  A layer that a step did not use holds no new amax and stays as it is."""
     _layers.add(layer)
+
+
+def agree(names: Iterable[str], *, anything_new: bool, device: torch.device) -> set[str]:
+    """The names that any rank has and this one has not, or none where no rank has anything new; every rank has to ask."""
+    if not has_ranks():
+        return set()
+    distributed = torch.distributed
+    new = torch.tensor([float(anything_new)], device=device)
+    distributed.all_reduce(new, op=distributed.ReduceOp.MAX)
+    if not new.item():
+        return set()
+    own = set(names)
+    told: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(told, sorted(own))
+    return {name for rank in told for name in rank} - own
+
+
+def unregister(layer: Scaled) -> None:
+    """Leave the layer out of updates, and of what ranks share, from now on."""
+    _layers.discard(layer)
 
 
 def check_recipe(recipe: Any) -> None:
@@ -153,6 +177,21 @@ def _leave(frame: Frame, *, keep: bool) -> None:
         layer.update_forward()
 
 
+def once(gradients: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The gradients of a backward pass that is itself recorded (`create_graph=True`): whoever differentiates them again is refused.
+
+    `torch.autograd.function.once_differentiable` refuses only where the incoming gradient is recorded, too.
+    """
+    tensors = [gradient for gradient in gradients if isinstance(gradient, torch.Tensor)]
+    refusal = torch._C._functions.DelayedError(
+        b"trying to differentiate twice: 8-bit gradients are once_differentiable, as casts have no gradient of their own",
+        len(tensors),
+    )
+    found = refusal(*(gradient.detach().requires_grad_() for gradient in tensors))
+    refused = iter(found if isinstance(found, (tuple, list)) else (found,))
+    return tuple(next(refused) if isinstance(gradient, torch.Tensor) else gradient for gradient in gradients)
+
+
 def update_forward(layers: Iterable[Scaled], *, keep: bool) -> None:
     """Update the forward scales of layers whose pass has ended; keep: whether it was one of training, else its amaxes are dropped."""
     if keep:
@@ -203,7 +242,7 @@ def _reduce(layers: Iterable[Scaled], *, backward: bool, group: Any) -> bool:
         return False
     distributed = torch.distributed
     # In the order the layers were made, which is the same on every rank.
-    in_order = sorted(layers, key=lambda layer: layer.serial)
+    in_order = sorted(layers, key=lambda layer: (layer.serial, layer.name))
     rows = [row for layer in in_order for row in layer.rows_to_reduce(backward=backward)]
     if not rows:
         return True

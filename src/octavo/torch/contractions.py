@@ -40,8 +40,11 @@ def matmul(place: Place, input: Tensor, other: Tensor, *, word: str = "matmul") 
         return place.linear(site, input, other.mT, None)
     left = input[None] if input.dim() == 1 else input
     batch = torch.broadcast_shapes(left.shape[:-2], other.shape[:-2])
-    a = left.expand(*batch, *left.shape[-2:]).reshape(-1, *left.shape[-2:])
-    b = other.mT.expand(*batch, *other.mT.shape[-2:]).reshape(-1, *other.mT.shape[-2:])
+    right, count = other.mT, math.prod(batch)
+    if left.shape[-1] != right.shape[-1]:
+        return torch.matmul(input, other)  # which says so
+    a = left.expand(*batch, *left.shape[-2:]).reshape(count, *left.shape[-2:])
+    b = right.expand(*batch, *right.shape[-2:]).reshape(count, *right.shape[-2:])
     y = place.product(site, _MATRICES, a, b).reshape(*batch, left.shape[-2], other.shape[-1])
     return y.squeeze(-2) if input.dim() == 1 else y
 
@@ -53,8 +56,13 @@ def added_matmul(
     if beta == alpha == 1 and input.dim() == 1 and second.dim() == 2 and input.shape[0] == second.shape[1]:
         return place.linear(place.site("matmul", first), first, second.mT, input)
     y = matmul(place, first, second)
-    y = y if alpha == 1 else alpha * y
-    return y if beta == 0 else input + y if beta == 1 else beta * input + y
+    if beta == 0 and alpha == 1:
+        return y
+    site = place.site("add", y) if place.stores else None
+    if site is not None:
+        input, y = place.read(site, input, 1), place.read(site, y, 2)
+    sum = alpha * y if beta == 0 else torch.add(beta * input, y, alpha=alpha)
+    return sum if site is None else place.write(site, sum, fresh=True)
 
 
 def _tuple(value: Any, rank: int) -> tuple[int, ...]:
@@ -147,12 +155,13 @@ def attention(
         if attn_mask is not None:
             raise ValueError("scaled_dot_product_attention takes attn_mask or is_causal=True; got both: leave one out")
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if attn_mask is not None:
+    if attn_mask is None:
+        weights = torch.softmax(scores, -1)
+    else:
         scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype is torch.bool else scores + attn_mask
-    weights = torch.softmax(scores, -1)
-    if attn_mask is not None and attn_mask.dtype is torch.bool:
-        # A row that attends to nothing is zero, as PyTorch has it, not NaN.
-        weights = weights.masked_fill(~attn_mask.any(-1, keepdim=True), 0.0)
+        # A row that attends to nothing is zero, as PyTorch has it, and so is its gradient; softmax would make both NaN.
+        nothing = (scores == -math.inf).all(-1, keepdim=True)
+        weights = torch.softmax(scores.masked_fill(nothing, 0.0), -1).masked_fill(nothing, 0.0)
     return matmul(place, F.dropout(weights, dropout_p) if dropout_p else weights, value, word="context")
 
 
@@ -162,16 +171,18 @@ def einsum(place: Place, equation: Any, *operands: Any) -> Tensor:
         raise ValueError(
             "einsum is emulated with its equation as text ('ij,jk->ik'); write it so, or exempt the module"
         )
-    tensors = list(operands[0] if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else operands)
-    terms, output = _parsed(equation, tensors)
-    while len(tensors) > 2:
-        later = set("".join(terms[2:])) | set(output)
-        kept = "".join(dict.fromkeys(letter for letter in terms[0] + terms[1] if letter in later))
-        tensors[:2] = [_contracted(place, terms[0], terms[1], kept, *tensors[:2])]
-        terms[:2] = [kept]
-    if len(tensors) == 1:
-        return torch.einsum(f"{terms[0]}->{output}", tensors[0])
-    return _contracted(place, terms[0], terms[1], output, *tensors)
+    given = operands[0] if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else operands
+    if not all(x.is_floating_point() for x in given):
+        return torch.einsum(equation, *given)
+    terms, output = _parsed(equation, given)
+    first, tensor = terms[0], given[0]
+    for number in range(1, len(given)):
+        later = "".join(terms[number + 1 :]) + output
+        kept = "".join(dict.fromkeys(letter for letter in first + terms[number] if letter in later))
+        kept = output if number + 1 == len(given) else kept
+        tensor = _contracted(place, first, terms[number], kept, tensor, given[number])
+        first = kept
+    return torch.einsum(f"{first}->{output}", tensor) if len(given) == 1 else tensor
 
 
 def _parsed(equation: str, tensors: Sequence[Tensor]) -> tuple[list[str], str]:
@@ -181,15 +192,15 @@ def _parsed(equation: str, tensors: Sequence[Tensor]) -> tuple[list[str], str]:
     if len(terms) != len(tensors):
         raise ValueError(f"einsum {equation!r} names {len(terms)} operands; got {len(tensors)}")
     free = [letter for letter in "ZYXWVUTSRQPONMLKJIHGFEDCBA" if letter not in equation]
-    ranks = [tensor.dim() - len(term) + 3 for term, tensor in zip(terms, tensors, strict=True) if "..." in term]
-    dots = "".join(reversed(free[: max(ranks, default=0)]))
-    for number, (term, tensor) in enumerate(zip(terms, tensors, strict=True)):
-        hidden = tensor.dim() - len(term) + 3
-        terms[number] = term.replace("...", dots[len(dots) - hidden :] if hidden else "")
+    hidden = [tensor.dim() - len(term) + 3 for term, tensor in zip(terms, tensors, strict=True)]
+    most = max([rank for rank, term in zip(hidden, terms, strict=True) if "..." in term], default=0)
+    dots = "".join(reversed(free[:most]))
+    spelled = [term.replace("...", dots[len(dots) - rank :]) for term, rank in zip(terms, hidden, strict=True)]
     if not arrow:
-        letters = "".join(terms)
-        output = "..." + "".join(sorted(c for c in set(letters) if letters.count(c) == 1 and c not in dots))
-    return terms, output.replace("...", dots)
+        letters = "".join(spelled)
+        once = [letter for letter in sorted(set(letters)) if letters.count(letter) == 1 and letter not in dots]
+        output = "..." + "".join(once)
+    return spelled, output.replace("...", dots)
 
 
 def _contracted(place: Place, one: str, other: str, output: str, a: Tensor, b: Tensor) -> Tensor:
@@ -219,7 +230,7 @@ def _contracted(place: Place, one: str, other: str, output: str, a: Tensor, b: T
     right = b.reshape(groups, math.prod(count["columns"]), width)
     site = place.site("einsum", left)
     product = place.product(site, _MATRICES, left, right) if batch else place.linear(site, left[0], right[0], None)
-    y = product.reshape(*count["batch"], *count["rows"], *count["columns"])
+    y = product.reshape((*count["batch"], *count["rows"], *count["columns"]))
     letters = [*batch, *rows, *columns]
     return y.permute([letters.index(letter) for letter in output])
 

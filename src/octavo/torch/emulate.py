@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import fnmatch
+import contextlib
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,22 +16,19 @@ from torch import Tensor, nn
 from octavo.diagnose.dumps import Dumps
 from octavo.diagnose.records import Writer
 from octavo.formats import Format
-from octavo.names import nearest
-from octavo.recipes import Gemm, Recipe, get_recipe
-from octavo.table import TensorSpec, Transform
+from octavo.recipes import Recipe, get_recipe
 from octavo.torch import context
+from octavo.torch.choosing import Patterns, check_optimizer, chosen, output_uncast, scaler_of
 from octavo.torch.interception import Interception
 from octavo.torch.loss_scaling import LossScaler
 from octavo.torch.masters import round_masters
 from octavo.torch.observing import Observer, observer
 from octavo.torch.place import Place, now
 from octavo.torch.site import Site
+from octavo.torch.state import next_serial
 from octavo.torch.watching import Look
 
-__all__ = ["Emulation", "Patterns", "emulate", "emulation_of", "install"]
-
-Patterns: TypeAlias = Iterable[str | type[nn.Module]]
-"""Modules by qualified name, with *, ? and [] as in file names, or by type."""
+__all__ = ["Emulation", "emulate", "emulation_of", "install"]
 
 
 def emulate(
@@ -50,7 +47,7 @@ def emulate(
     recipe: a Recipe, or the name of one.  exempt: modules to leave in high precision, with all inside them.  output_fused: modules
     whose output and grad_output are left uncast, since whatever reads them is computed in the same kernel.  optimizer: checked to hold
     this model's parameters and no others.  loss_scale: "dynamic", a constant, or a `LossScaler`; None scales nothing.  master: the
-    format that parameters are rounded to, stochastically, after each `step`; None leaves them in float32.  seed: of these draws.
+    format that parameters are rounded to, stochastically, after each `step`; None leaves them in float32.  seed: of all random draws.
 
     What runs by the recipe's three GEMMs: nn.Linear, convolutions and transposed ones, attention, LSTM, GRU and RNN, and matmul, mm, bmm,
     mv, dot, addmm, addmv, baddbmm, einsum and scaled_dot_product_attention wherever a module calls them.  Norms, embeddings, add, sub,
@@ -64,8 +61,8 @@ def emulate(
     recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
     context.check_recipe(recipe)
     modules = dict(model.named_modules())
-    spared = _chosen(modules, exempt, "exempt", inside=True)
-    fused = _chosen(modules, output_fused, "output_fused", inside=False)
+    spared = chosen(modules, exempt, "exempt", inside=True)
+    fused = chosen(modules, output_fused, "output_fused", inside=False)
     without = output_uncast(recipe)
 
     def choose(name: str, module: nn.Module) -> Recipe | None:
@@ -93,30 +90,13 @@ def install(
     """`emulate` with a recipe for each module, None for high precision, by qualified name and module."""
     _check_model(model)
     if optimizer is not None:
-        _check_optimizer(model, optimizer)
-    emulation = Emulation(model, recipe, _scaler(loss_scale, model), master, seed)
+        check_optimizer(model, optimizer)
+    emulation = Emulation(model, recipe, scaler_of(loss_scale, model), master, seed)
     for name, module in model.named_modules():
-        module.forward = _Entered(module, Place(name, module, choose(name, module), emulation), emulation)  # type: ignore[method-assign]
+        place = Place(name, module, choose(name, module), emulation)
+        place.expect()
+        module.forward = _Entered(module, place, emulation)  # type: ignore[method-assign]
     return emulation
-
-
-def output_uncast(recipe: Recipe) -> Recipe:
-    """The recipe with neither output nor grad_output cast."""
-
-    def bare(row: Gemm) -> Gemm:
-        # Both operands of a GEMM have a transform or neither.
-        right = row.right
-        if right is not None and right.transform is not Transform.NONE:
-            right = TensorSpec(right.format, right.scaling, right.rounding, right.overflow)
-        return Gemm(left=None, right=right, result=row.result, accumulator=row.accumulator)
-
-    output = Gemm(left=recipe.output.left, right=recipe.output.right, accumulator=recipe.output.accumulator)
-    return Recipe(
-        name=f"{recipe.name}, output fused",
-        output=output,
-        grad_input=bare(recipe.grad_input),
-        grad_weight=bare(recipe.grad_weight),
-    )
 
 
 class Emulation:
@@ -130,9 +110,11 @@ class Emulation:
     ) -> None:
         self.model, self.recipe, self.scaler, self.master, self.seed = model, recipe, scaler, master, seed
         self.sites: dict[str, Site] = {}
+        self.serial = next_serial()
         self.global_step = 0
         self._observers: list[Observer] = []
         self._bad: str | None = None
+        self._agreed = -1
 
     def __enter__(self) -> Emulation:
         return self
@@ -148,37 +130,53 @@ class Emulation:
             entered = module.__dict__.get("forward")
             if isinstance(entered, _Entered) and entered.emulation is self:
                 entered.restore()
+        for site in (
+            self.sites.values()
+        ):  # at once, and not when they are collected, which every rank would do at a time of its own
+            context.unregister(site)
 
     def scale(self, loss: Tensor) -> Tensor:
         """The loss to call `backward` on: times the loss scale, where there is one."""
         return loss if self.scaler is None else self.scaler.scale(loss)
 
     def step(
-        self, optimizer: torch.optim.Optimizer, *, max_norm: float | None = None, max_value: float | None = None
+        self,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+        *,
+        max_norm: float | None = None,
+        max_value: float | None = None,
     ) -> bool:
         """Unscale the gradients, clip them, step, round the master weights, count; whether the step was taken.
 
-        max_norm, max_value: limits of the norm of all gradients and of each element (`torch.nn.utils.clip_grad_*_`).
+        optimizer: one, or all of several that step together.  max_norm, max_value: limits of the norm of all gradients and of each
+        element (`torch.nn.utils.clip_grad_*_`).
         Under a loss scale a step whose gradients hold Inf or NaN is skipped, with one line that names the first bad tensor; it counts.
         Raises ValueError for such gradients without one, and LossScaleError where the scale can fall no further.  Weights and optimizer
         state are then as they were.
         """
         bad, self._bad = self._bad, None
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        if self.scaler is not None:
-            self.scaler.unscale(optimizer)
-        else:
+        optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+        parameters = [p for one in optimizers for group in one.param_groups for p in group["params"]]
+        scaler = self.scaler
+        if scaler is None:
             self._require_finite(parameters, bad)
+        else:
+            for one in optimizers:
+                scaler.unscale(one)
         if max_norm is not None:
             nn.utils.clip_grad_norm_(parameters, max_norm)
         if max_value is not None:
             nn.utils.clip_grad_value_(parameters, max_value)
         taken = True
-        if self.scaler is None:
-            optimizer.step()
+        if scaler is not None:
+            taken = scaler.step(optimizers, self.global_step, blame=bad)
         else:
-            taken = self.scaler.step(optimizer, self.global_step, blame=bad)
-        if taken and bad is not None:
+            for one in optimizers:
+                one.step()
+        if not taken:
+            for site in self.sites.values():
+                site.forget_overflow()
+        elif bad is not None:
             warnings.warn(f"{bad}; casts saturated it, and the step was taken", stacklevel=2)
         if taken and self.master is not None:
             self.round_masters(parameters)
@@ -190,8 +188,7 @@ class Emulation:
         if self.master is None:
             raise ValueError("this emulation keeps float32 masters; give emulate(..., master=octavo.formats.FLOAT16)")
         chosen = self.model.parameters() if parameters is None else parameters
-        floats = [parameter for parameter in chosen if parameter.dtype is torch.float32]
-        round_masters(floats, self.master, seed=self.seed, step=self.global_step & 0xFFFFFFFF)
+        round_masters(chosen, self.master, seed=self.seed, step=self.global_step & 0xFFFFFFFF)
 
     def observe(self, *writers: Writer, every: int = 100, dumps: Dumps | Iterable[Dumps] = ()) -> None:
         """Take statistics of every tensor that is cast, every `every` steps, and write chosen tensors to files.
@@ -211,13 +208,18 @@ class Emulation:
 
     def met(self, site: str, tensor: str, amax: float) -> None:
         """Take note of a tensor that holds Inf or NaN; forward ones are an error where no loss scale could mend it."""
-        found = "NaN" if math.isnan(amax) else "Inf"
-        place = f"{site}.{tensor} holds {found} at step {self.global_step}"
-        self._bad = self._bad or place
-        if self.scaler is None and not tensor.startswith("grad_"):
+        place = f"{site}.{tensor} holds {'NaN' if math.isnan(amax) else 'Inf'} at step {self.global_step}"
+        forward = not tensor.startswith("grad_")
+        if self.scaler is None and forward:
             raise ValueError(
                 f"{place}; look at the data and the layers before it, lower the learning rate, or exempt the layer"
             )
+        if not forward or torch.is_grad_enabled() or context.inside_function():  # evaluation is no part of a step
+            self._bad = self._bad or place
+
+    def lets_gradients_be_nan(self) -> bool:
+        """Whether a gradient that its format cannot hold may be NaN, for the loss scale to skip the step."""
+        return self.scaler is not None
 
     def state_dict(self) -> dict[str, Any]:
         """The sites' scales, histories and draws, the loss scale and the step: tensors and numbers, for `load_state_dict`."""
@@ -242,48 +244,71 @@ class Emulation:
         if (state["scaler"] is None) != (self.scaler is None):
             which = "without" if state["scaler"] is None else "with"
             raise ValueError(f"the state is of a run {which} a loss scale; give emulate the same loss_scale, then load")
-        places = {name: module.__dict__["forward"].place for name, module in self.model.named_modules()}
-        device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
+        if emulation_of(self.model) is not self:
+            raise ValueError("the model is emulated no more since remove(); emulate it again, then load")
         for name, entries in state["sites"].items():
             if name not in self.sites:
-                owner = max((place for place in places if _is_in(name, place)), key=len, default=None)
-                if owner is None or places[owner].recipe is None:
-                    raise ValueError(
-                        f"the state has {name!r}, which is in no emulated module; load it into the same model"
-                    )
-                self.sites[name] = Site(name, places[owner].recipe, device, self)
+                self._add_site(name)
             self.sites[name].load_state_dict(entries)
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
         self.global_step = state["global_step"]
 
-    def run(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """The outermost emulated forward pass."""
+    def _add_site(self, name: str) -> None:
+        """Make a site that this process has not met.  Raises ValueError where no emulated module can have it."""
+        parent, _, word = name.rpartition(".")
+        # A site is a module, or a function or a recurrent layer's weight within one.
+        inside = word.endswith("()") or word.startswith("weight_")
+        places = {path: module.__dict__.get("forward") for path, module in self.model.named_modules()}
+        entered = places.get("" if name == "model" else parent if inside else name)
+        if not isinstance(entered, _Entered) or entered.place.recipe is None:
+            raise ValueError(f"the state has {name!r}, which is in no emulated module; load it into the same model")
+        self.sites[name] = Site(name, entered.place.recipe, self._device(), self)
+
+    def _device(self) -> torch.device:
+        return next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
+
+    def _agree(self) -> None:
+        """Have every rank know the sites of all: they share amaxes in one collective."""
+        new = len(self.sites) != self._agreed
+        for name in sorted(context.agree(self.sites, anything_new=new, device=self._device())):
+            self._add_site(name)
+        self._agreed = len(self.sites)
+
+    def run(self, forward: Callable[..., Any], args: Any, kwargs: Any, *, inside: bool) -> Any:
+        """The outermost forward pass of this emulation; inside: within one of another."""
+        mode = contextlib.nullcontext() if inside else Interception()
         if torch.compiler.is_compiling():  # then each site moves its scales by itself
-            with Interception():
+            with mode:
                 return forward(*args, **kwargs)
+        if torch._C._are_functorch_transforms_active():
+            raise ValueError(
+                "torch.func's transforms (grad, vmap) do not see how an emulated model is cast; use backward(), or remove() the emulation"
+            )
         keep = False
         try:
-            with Interception():
+            with mode:
                 result = forward(*args, **kwargs)
-            keep = torch.is_grad_enabled()
+            keep = torch.is_grad_enabled() or context.inside_function()
         finally:
             if self.recipe.delayed is not None and not context.in_backward():
+                if keep and self.recipe.delayed.reduce:
+                    self._agree()
                 context.update_forward(self.sites.values(), keep=keep)
         return result
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_observers": []}  # a copy is watched by nobody
+
     def _require_finite(self, parameters: list[Tensor], bad: str | None) -> None:
-        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        found = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        grads = [grad.coalesce().values() if grad.is_sparse else grad for grad in found]
         if grads and not math.isfinite(float(nn.utils.get_total_norm(grads, math.inf))):
             cause = f": {bad}" if bad else ""
             raise ValueError(
                 f"step {self.global_step}: gradients hold Inf or NaN{cause}; the step is not taken: scale the loss "
                 '(loss_scale="dynamic"), lower the learning rate, or exempt the layer'
             )
-
-
-def _is_in(site: str, module: str) -> bool:
-    return not module or site == module or site.startswith(f"{module}.")
 
 
 def _in_turn(looks: Iterable[Look], *arguments: Any) -> None:
@@ -310,32 +335,11 @@ class _Entered:
         now.place = self.place
         self.place.start()
         try:
-            if outer is not None:
+            if outer is not None and outer.owner is self.emulation:
                 return self.__wrapped__(*args, **kwargs)
-            return self.emulation.run(self.__wrapped__, args, kwargs)
+            return self.emulation.run(self.__wrapped__, args, kwargs, inside=outer is not None)
         finally:
             now.place = outer
-
-
-def _chosen(modules: Mapping[str, nn.Module], patterns: Patterns, what: str, *, inside: bool) -> set[str]:
-    """The names of the modules that patterns fit; inside: and of all within them."""
-    found: set[str] = set()
-    if isinstance(patterns, (str, type)):
-        raise ValueError(f"{what} is a list of names, patterns or types; got {patterns!r}: write [{patterns!r}]")
-    for pattern in patterns:
-        if isinstance(pattern, str):
-            fitting = fnmatch.filter(modules, pattern)
-            shown, near = repr(pattern), nearest(pattern, modules)
-        else:
-            fitting = [name for name, module in modules.items() if isinstance(module, pattern)]
-            kinds = sorted({type(module).__name__ for module in modules.values()})
-            shown, near = pattern.__name__, nearest(pattern.__name__, kinds)
-        if not fitting:
-            raise ValueError(f"{what} {shown} fits no module of the model{near}")
-        found.update(fitting)
-    if inside:
-        found.update(name for name in modules if any(_is_in(name, top) for top in found))
-    return found
 
 
 def _check_model(model: nn.Module) -> None:
@@ -350,25 +354,3 @@ def _check_model(model: nn.Module) -> None:
                 f"emulated parameters are real floating-point tensors; {name} is {parameter.dtype}: keep it as a buffer, or emulate "
                 "the submodules without it"
             )
-
-
-def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    own = {id(parameter) for parameter in model.parameters()}
-    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    foreign = sum(id(parameter) not in own for parameter in held)
-    if foreign:
-        raise ValueError(
-            f"the optimizer holds {foreign} of {len(held)} parameters that are not of this model; build it from model.parameters() after "
-            "the model is in place"
-        )
-
-
-def _scaler(loss_scale: LossScaler | float | str | None, model: nn.Module) -> LossScaler | None:
-    if loss_scale is None or isinstance(loss_scale, LossScaler):
-        return loss_scale
-    device = next((parameter.device.type for parameter in model.parameters()), "cpu")
-    if loss_scale == "dynamic":
-        return LossScaler(device)
-    if isinstance(loss_scale, str):
-        raise ValueError(f'loss_scale is "dynamic", a number or a LossScaler; got {loss_scale!r}')
-    return LossScaler(device, start=float(loss_scale), dynamic=False)

@@ -17,7 +17,7 @@ from octavo.table import Accumulator, Gemm
 from octavo.torch import context
 from octavo.torch.bilinear import Product, product_from
 from octavo.torch.layouts import Cells, Found, Layout, as_it_lies, cast_tensor, cells_of, marked
-from octavo.torch.ops import is_plain
+from octavo.torch.ops import is_plain, nan_gradients
 from octavo.torch.state import gather
 from octavo.torch.table import seed_of
 from octavo.torch.watching import looking
@@ -123,8 +123,8 @@ def _backward(
     scales: Tensor,
     needs: Sequence[bool],
     seed: int,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, tuple[Any, Any]]:
-    """The gradients wanted, float32, and the amaxes of grad_output and grad_input.
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, tuple[Any, Any, Any]]:
+    """The gradients wanted, float32, and the amaxes of grad_output, grad_input and grad_weight.
 
     left and right are cast again, by the scales of the forward pass: that costs less than the memory to keep what they were cast to.
     """
@@ -134,6 +134,7 @@ def _backward(
     grad_left = grad_right = grad_bias = None
     g: Found | None = None
     i_amax: Any = 0.0
+    w_amax: Any = 0.0
     if needs[0]:
         _check_sums(cells.recipe.grad_input, "grad_input")
         g = cast_tensor(grad_output, cells.casts[3], layouts[2], s_grad_output, seed, slot=2)
@@ -157,10 +158,10 @@ def _backward(
         summed = _rounded_sum(grad_left, cells.recipe.grad_input)
         grad_left, i_amax = _result(summed, cells, _GRAD_INPUT, s_grad_input, seed)
     if grad_right is not None:
-        grad_right, _ = _result(_rounded_sum(grad_right, cells.recipe.grad_weight), cells, _GRAD_WEIGHT, 1.0, seed)
+        grad_right, w_amax = _result(_rounded_sum(grad_right, cells.recipe.grad_weight), cells, _GRAD_WEIGHT, 1.0, seed)
     if needs[2]:
         grad_bias = grad_output.sum(product.bias_axes(grad_output.dim()))
-    return grad_left, grad_right, grad_bias, (0.0 if g is None else g.amax, i_amax)
+    return grad_left, grad_right, grad_bias, (0.0 if g is None else g.amax, i_amax, w_amax)
 
 
 def _again(
@@ -254,7 +255,7 @@ def _product_backward_of_tensors(
     one, two, three = (
         grad_output.new_empty(0) if gradient is None else gradient.contiguous() for gradient in gradients
     )
-    return one, two, three, packed(amaxes, scales)
+    return one, two, three, packed(amaxes[:2], scales)
 
 
 @torch.library.register_fake("octavo::product_backward", lib=_library)
@@ -307,7 +308,11 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if grad_output is None:
             return (None,) * 4
-        return (_refusing_a_second if torch.is_grad_enabled() else _gradients)(ctx, grad_output)
+        if not torch.is_grad_enabled():
+            return _gradients(ctx, grad_output)
+        with torch.no_grad():
+            gradients = _gradients(ctx, grad_output)
+        return context.once(gradients)
 
 
 def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -315,19 +320,19 @@ def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     left, right, *tensor_facts = ctx.saved_tensors
     if ctx.site is not None:
         cells = cells_of(ctx.recipe)
-        with looking(ctx.look):
-            *gradients, amaxes = _backward(
-                cells,
-                product_from(ctx.product),
-                grad_output,
-                left,
-                right,
-                ctx.facts,
-                ctx.grad_scales,
-                needs,
-                ctx.seed,
-            )
-        ctx.site.took_gradients(amaxes)
+        product = product_from(ctx.product)
+        try:
+            with looking(ctx.look):
+                *gradients, amaxes = _backward(
+                    cells, product, grad_output, left, right, ctx.facts, ctx.grad_scales, needs, ctx.seed
+                )
+            ctx.site.took_gradients(amaxes)
+        except ValueError as error:
+            ctx.site.refused_gradient(error)
+            axes = product.bias_axes(grad_output.dim())
+            channels = [size for axis, size in enumerate(grad_output.shape) if axis not in axes]
+            gradients = nan_gradients(grad_output, (left.shape, right.shape, channels), needs)
+            amaxes = 0.0, 0.0, 0.0
         if ctx.record:
             context.update_after_backward(ctx.site)
     else:
@@ -345,14 +350,11 @@ def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         )
         gradients = [gradient if need else None for gradient, need in zip(found, needs, strict=True)]
     if ctx.record:
-        gather(ctx.grad_history, amaxes)
+        gather(ctx.grad_history, amaxes[:2])
     return (
         *(None if x is None else x.to(dtype) for x, dtype in zip(gradients, ctx.dtypes, strict=True)),
         None,
     )
-
-
-_refusing_a_second = torch.autograd.function.once_differentiable(_gradients)
 
 
 def _product_autograd(left: Tensor, right: Tensor, bias: Tensor | None, *rest: Any) -> Any:

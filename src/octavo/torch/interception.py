@@ -6,6 +6,7 @@ results; where it stores none (all recipes but those like `direct`) such functio
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
@@ -32,18 +33,37 @@ class Interception(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the handler of func, or func."""
         place, kwargs = now.place, kwargs or {}
+        if torch.compiler.is_compiling():
+            number, method = _known(func)
+            if number >= 0 and place is not None and place.recipe is not None:
+                return _ROWS[number](place, func, *args, **kwargs)
+            # torch.compile knows methods written in Python by their names alone.
+            return func(*args, **kwargs) if method is None else getattr(args[0], method)(*args[1:], **kwargs)
         if place is None or place.recipe is None:
             return func(*args, **kwargs)
         handler = HANDLERS.get(func)
         if handler is not None:
             return handler(place, func, *args, **kwargs)
-        if func not in _KEEPING or not place.stores or torch.compiler.is_compiling():
+        if func not in _KEEPING or not place.stores or args[0].is_inference():
             return func(*args, **kwargs)
         version = args[0]._version
         y = func(*args, **kwargs)
         if isinstance(y, Tensor):
             carry_mark(args[0], y, version)
         return y
+
+
+# A look into a dict whose keys are functions would become a guard that torch.compile cannot check.
+@torch.compiler.assume_constant_result
+def _known(func: Any) -> tuple[int, str | None]:
+    """The number of func's handler, or -1, and its name if it is a method of tensors that is written in Python."""
+    name = getattr(func, "__name__", "")
+    method: Any = getattr(Tensor, name, None)
+    for spelled in (func, method):
+        if spelled in HANDLERS and (spelled is func or inspect.unwrap(spelled) is inspect.unwrap(func)):
+            return _FUNCTIONS.index(spelled), None
+    own = isinstance(method, types.FunctionType) and inspect.unwrap(method) is inspect.unwrap(func)
+    return -1, name if own else None
 
 
 def _written(
@@ -85,7 +105,9 @@ def _summed(word: str) -> Handler:
 
     def run(place: Place, func: Any, *args: Any, **kwargs: Any) -> Any:
         x, other = (*args, None, None)[:2]
-        alike = isinstance(x, Tensor) and (not isinstance(other, Tensor) or x.shape == other.shape)
+        alike = isinstance(x, Tensor) and (not isinstance(other, Tensor) or x.shape == other.shape) and not kwargs
+        if place.stores and (_is_mask(place, other) or _is_mask(place, x)):
+            return func(*args, **kwargs)
         if not place.stores or not alike or not x.is_floating_point():
             return apart(place, func, *args, **kwargs)
         _refuse_out(func, kwargs)
@@ -97,11 +119,16 @@ def _summed(word: str) -> Handler:
 
 def _summed_in_place(word: str) -> Handler:
     """The same of one that changes its first argument."""
+    apart = _in_place(word, getattr(torch, word))
 
     def run(place: Place, func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-        if not _is_activation(place, x):
+        if not _is_activation(place, x) or _is_mask(place, *args[:1]):
             return func(x, *args, **kwargs)
-        return place.write(place.site(word, x), func(x, *args, **kwargs), fresh=True, both=True)
+        if kwargs or (args and isinstance(args[0], Tensor) and args[0].shape != x.shape):
+            return apart(place, func, x, *args, **kwargs)
+        whole = not torch.compiler.is_compiling() and not x._is_view()
+        y = place.write(place.site(word, x), func(x, *args, **kwargs), fresh=whole, both=True)
+        return y if y is x else x.copy_(y)
 
     return run
 
@@ -113,16 +140,27 @@ def _in_place(word: str, function: Handler) -> Handler:
     def run(place: Place, func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         if not _is_activation(place, x):
             return func(x, *args, **kwargs)
-        return x.copy_(out_of_place(place, function, x, *args, **kwargs))
+        before = x.clone()  # which its gradient may need
+        others = [before if other is x else other for other in args]
+        return x.copy_(out_of_place(place, function, before, *others, **kwargs))
 
     return run
 
 
-def _is_activation(place: Place, x: Any) -> bool:
-    """Whether a recipe that stores results stores x: it is no buffer of the module, such as a running mean."""
-    if not place.stores or not isinstance(x, Tensor) or not x.is_floating_point():
+def _is_mask(place: Place, x: Any = None) -> bool:
+    """Whether x is no number to be stored but a mask, which holds what the format does not: attention adds float32's minimum."""
+    if not isinstance(x, Tensor) or x.requires_grad or not x.is_floating_point() or torch.compiler.is_compiling():
         return False
-    return not any(x is buffer for buffer in place.module.buffers(recurse=False))
+    assert place.recipe is not None
+    spec = place.recipe.output.result
+    return spec is not None and x.numel() > 0 and bool(x.amin() < -spec.format.max)
+
+
+def _is_activation(place: Place, x: Any) -> bool:
+    """Whether a recipe that stores results stores x: it is no parameter, and no buffer of the model, such as a running mean."""
+    if not place.stores or not isinstance(x, Tensor) or not x.is_floating_point() or isinstance(x, torch.nn.Parameter):
+        return False
+    return not any(x is buffer for buffer in place.owner.model.buffers())
 
 
 def _refuse_out(func: Any, kwargs: Mapping[str, Any]) -> None:
@@ -130,10 +168,15 @@ def _refuse_out(func: Any, kwargs: Mapping[str, Any]) -> None:
         raise ValueError(f"{func.__name__}(out=...) is not emulated; assign the result, or exempt the module")
 
 
-def _through(handler: Callable[..., Any]) -> Handler:
-    """A handler of a product, which does not need the function."""
+def _through(handler: Callable[..., Any], *ranks: int) -> Handler:
+    """A handler of a product, which does not need the function but for what it refuses; ranks: of the tensors that it takes."""
 
     def run(place: Place, func: Any, *args: Any, **kwargs: Any) -> Any:
+        operands = [x for x in (*args, *kwargs.values())[:2] if isinstance(x, Tensor)]
+        if not all(x.is_floating_point() for x in operands):
+            return func(*args, **kwargs)
+        if ranks and tuple(x.dim() for x in operands) != ranks:
+            return func(*args, **kwargs)  # which says what it takes
         _refuse_out(func, kwargs)
         kwargs.pop("out", None)
         return handler(place, *args, **kwargs)
@@ -165,6 +208,25 @@ def _attended(place: Place, func: Any, *args: Any, **kwargs: Any) -> Any:
         return _attention(*args, **kwargs)
 
 
+def _embedded(function: Callable[..., Any]) -> Handler:
+    """The handler of an embedding; `max_norm` changes the table itself, which is done first, and once."""
+    write = _written("embedding", {}, {"weight": 1}, main=True, fresh=False)
+    signature = inspect.signature(function)
+
+    def run(place: Place, func: Any, *args: Any, **kwargs: Any) -> Any:
+        if not place.stores:
+            return func(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
+        given = bound.arguments
+        if (norm := given.get("max_norm")) is not None:
+            with torch.no_grad():
+                torch.embedding_renorm_(given["weight"], given["input"].contiguous(), norm, given.get("norm_type", 2.0))
+            given["max_norm"] = None
+        return write(place, func, *bound.args, **bound.kwargs)
+
+    return run
+
+
 def _elementwise() -> dict[Any, Handler]:
     table: dict[Any, Handler] = {torch.rsub: _summed("sub")}
     for word, names, operators in (
@@ -190,8 +252,8 @@ def _products() -> dict[Any, Handler]:
     for rank in (1, 2, 3):
         table[getattr(torch, f"conv{rank}d")] = _through(c.convolution(rank))
         table[getattr(torch, f"conv_transpose{rank}d")] = _through(c.transposed_convolution(rank))
-    for name in ("matmul", "mm", "bmm", "mv", "dot"):
-        table[getattr(torch, name)] = table[getattr(Tensor, name)] = _through(c.matmul)
+    for name, ranks in (("matmul", ()), ("mm", (2, 2)), ("bmm", (3, 3)), ("mv", (2, 1)), ("dot", (1, 1))):
+        table[getattr(torch, name)] = table[getattr(Tensor, name)] = _through(c.matmul, *ranks)
     table[torch.linalg.matmul] = table[Tensor.__matmul__] = _through(c.matmul)
     table[Tensor.__rmatmul__] = _through(lambda place, right, left: c.matmul(place, left, right))
     for name in ("addmm", "baddbmm", "addmv"):
@@ -204,11 +266,12 @@ def _others() -> dict[Any, Handler]:
     table: dict[Any, Handler] = {
         F.layer_norm: _written("norm", {"input": 0}, norm, main=True),
         F.rms_norm: _written("norm", {"input": 0}, norm, main=True, fresh=False),
+        torch.rms_norm: _written("norm", {"input": 0}, norm, main=True, fresh=False),
         F.group_norm: _written("norm", {"input": 0}, norm, main=True),
         F.batch_norm: _written("norm", {"input": 0}, {"weight": 3}, main=True),
         F.instance_norm: _written("norm", {"input": 0}, {"weight": 3}, main=True, fresh=False),
-        F.embedding: _written("embedding", {}, {"weight": 1}, main=True, fresh=False),
-        F.embedding_bag: _written("embedding", {}, {"weight": 1}, main=True),
+        F.embedding: _embedded(F.embedding),
+        F.embedding_bag: _embedded(F.embedding_bag),
         F.multi_head_attention_forward: _attended,
     }
     return table | {function: _recurrent(ours) for function, ours in RECURRENT.items()}
@@ -234,3 +297,4 @@ _KEEPING = {
 # A plain dict: torch.compile reads no other mapping whose keys are functions.
 HANDLERS: dict[Any, Handler] = {**_elementwise(), **_products(), **_others()}
 """What stands in for each function of torch."""
+_FUNCTIONS, _ROWS = list(HANDLERS), list(HANDLERS.values())

@@ -158,7 +158,8 @@ def cast_tensor(
     if x.dtype not in KINDS:
         raise ValueError(f"{cast.spec} casts float32, float64, bfloat16 and float16; got {x.dtype}: convert it first")
     if cast.spec.format.bits > 8:
-        found = Found(cast(x, 1.0).values.to(wide))
+        operand = cast(x, 1.0)
+        found = Found(operand.values.to(wide), operand.amax)
     elif cast.whole and cast.spec.transform is Transform.NONE:
         if x.device.type == "cpu":
             found = _whole(x, cast, delayed, seed, again, in_place and watch.look is None, slot)
@@ -166,14 +167,14 @@ def cast_tensor(
             found = whole_on_device(x, cast, delayed, seed, again)
     else:
         found = _laid(x, cast, layout, delayed, seed, slot)
-    if watch.look is not None and not again:
+    if watch.look is not None and not again and cast.spec.transform is Transform.NONE:
         watch.look(cast.number, cast.spec, x, lambda: found.values, float(found.scale))
     return found
 
 
 def marked(x: Tensor, cast: Cast | None) -> Tensor:
     """x, which holds values of the cast's format as they are, marked so: casting it again changes nothing."""
-    if cast is not None and isinstance(cast.spec.scaling, Unscaled):
+    if cast is not None and isinstance(cast.spec.scaling, Unscaled) and not x.is_inference():
         x._octavo_cast = (cast.spec.format, cast.spec.overflow, x._version)  # type: ignore[attr-defined]
     return x
 
@@ -189,7 +190,7 @@ def is_marked(x: Tensor, cast: Cast) -> bool:
 def carry_mark(x: Tensor, y: Tensor, version: int) -> None:
     """Mark y as x was at that version: y holds no other values than x and zero."""
     mark = getattr(x, "_octavo_cast", None)
-    if mark is not None and mark[2] == version:
+    if mark is not None and mark[2] == version and not y.is_inference():
         y._octavo_cast = (*mark[:2], y._version)  # type: ignore[attr-defined]
 
 
@@ -241,6 +242,8 @@ def _laid(x: Tensor, cast: Cast, layout: Layout, delayed: float | Tensor, seed: 
         raise ValueError(
             f"{cast.spec} takes float32, bfloat16 and float16; got float64: convert the model (model.float())"
         )
+    if not x.numel():
+        return Found(x.float())
     if x.device.type == "cpu" and (found := _standing(x, cast, layout, slot)) is not None:
         return found
     laid = layout.lay(x)
@@ -250,10 +253,11 @@ def _laid(x: Tensor, cast: Cast, layout: Layout, delayed: float | Tensor, seed: 
     if short:
         laid = torch.nn.functional.pad(laid, (0, 0, 0, short))
     flat = laid.reshape(-1, columns).contiguous()
-    if not flat.numel():
-        return Found(x.float())
     values, amax = (matrix_on_cpu if x.device.type == "cpu" else matrix_on_device)(flat, cast, delayed, seed)
-    return Found(layout.back(values.reshape(batch, rows + short, -1)[:, :rows], x.shape), amax)
+    if watch.look is not None and cast.spec.transform is not Transform.NONE and x.device.type == "cpu":
+        watch.look(cast.number, cast.spec, matrices.hadamard(flat), lambda: values, 1.0)
+    back = layout.back(values.reshape(batch, rows + short, -1)[:, :rows], x.shape)
+    return Found(back.contiguous(), amax)  # as PyTorch's operators write what comes of it
 
 
 def _standing(x: Tensor, cast: Cast, layout: Layout, slot: int | None) -> Found | None:
@@ -261,7 +265,13 @@ def _standing(x: Tensor, cast: Cast, layout: Layout, slot: int | None) -> Found 
     scaling = cast.spec.scaling
     if layout.split is not None or cast.stochastic or cast.spec.transform is not Transform.NONE:
         return None
-    if not isinstance(scaling, Block) or scaling.shape[0] != 1 or not x.is_contiguous() or x.numel() == 0:
+    if (
+        not isinstance(scaling, Block)
+        or scaling.shape[0] != 1
+        or not scaling.padding
+        or not x.is_contiguous()
+        or x.numel() == 0
+    ):
         return None
     axis, long = layout.order[-1], scaling.shape[1]
     outer, size, inner = math.prod(x.shape[:axis]), x.shape[axis], math.prod(x.shape[axis + 1 :])

@@ -31,6 +31,9 @@ _TENSORS = (
 )
 """What the tensor of each cell is called; one that a second GEMM casts anew has that GEMM's name behind it."""
 
+_GRAD_OUTPUT, _TURNED = 3, 6
+"""Its cells in the two gradients."""
+
 
 @dataclass(kw_only=True, slots=True)
 class Observer:
@@ -56,7 +59,8 @@ class Observer:
             if (step, site, cell) in self.seen:
                 return
             self.seen = {entry for entry in self.seen if entry[0] == step} | {(step, site, cell)}
-            name = _TENSORS[cell]
+            first = cell == _TURNED and (step, site, _GRAD_OUTPUT) not in self.seen  # grad_input was not wanted
+            name = _TENSORS[_GRAD_OUTPUT if first else cell]
             wanted = [dumps for dumps in self.dumps if dumps.wants(step, site, name)]
             x = _array(before) if due or wanted else None
             if x is None:

@@ -113,7 +113,9 @@ class Cast:
     def __call__(self, x: Tensor, delayed: float, seed: int = 0) -> Operand:
         """The operand that x makes.  delayed: the scale that its history gives, where the recipe goes by it; seed: of random draws."""
         if self.spec.format.bits > 8:
-            return Operand(_rounded(dense(x), self.spec.format), not self.upright)
+            x = dense(x)
+            amax = cpu.amax(_buffer(x)) if x.device.type == "cpu" else 0.0
+            return Operand(_rounded(x, self.spec.format), not self.upright, amax=amax)
         x, upright = self._laid(x)
         values = torch.empty(x.shape, dtype=operand_dtype())
         if not self.whole:

@@ -36,7 +36,7 @@ from octavo.torch.table import (
 )
 from octavo.torch.watching import looking, watch
 
-__all__ = ["is_plain", "linear"]
+__all__ = ["is_plain", "linear", "nan_gradients"]
 
 _NOBODY = contextlib.nullcontext()
 """Nobody looks at what is cast."""
@@ -179,12 +179,12 @@ def _backward(
     scales: Tensor,
     needs: Sequence[bool],
     seed: int,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, tuple[float, float]]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, tuple[float, float, float]]:
     """`octavo::linear_backward` but for two things: amaxes are Python floats, and what is not wanted is None."""
     s_grad_output, s_grad_input = scales.tolist()
     dtype = grad_output.dtype
     grad_input = grad_weight = None
-    g, i_amax = Operand(grad_output), 0.0
+    g, i_amax, w_amax = Operand(grad_output), 0.0, 0.0
     grad_bias = grad_output.sum(0) if needs[2] else None
     if (
         table.fuses[1]
@@ -194,7 +194,7 @@ def _backward(
     ):
         found = _fused_backward(table, grad_output, input, weight, s_grad_output, needs)
         if found is not None:
-            return found[0], found[1], grad_bias, (found[2], 0.0)
+            return found[0], found[1], grad_bias, (found[2], 0.0, 0.0)
     if needs[0]:
         row = table.grad_input
         g = operand(grad_output, row.left, s_grad_output, seed, last=True)
@@ -209,8 +209,8 @@ def _backward(
         g = g if needs[0] else turned
         x = input if isinstance(input, Operand) else operand(input, row.right, 1.0, seed, last=False)
         grad_weight = product(turned, x, row.accumulator, dtype=dtype if row.result is None else torch.float32)
-        grad_weight, _ = result(grad_weight, row.result, 1.0, seed, dtype)
-    return grad_input, grad_weight, grad_bias, (g.amax, i_amax)
+        grad_weight, w_amax = result(grad_weight, row.result, 1.0, seed, dtype)
+    return grad_input, grad_weight, grad_bias, (g.amax, i_amax, w_amax)
 
 
 def _fused_backward(
@@ -264,7 +264,7 @@ def _linear_backward_cpu(
     if record:
         context.update_after_backward(None)
     one, two, three = (grad_output.new_empty(0) if gradient is None else gradient for gradient in gradients)
-    return one, two, three, torch.tensor(amaxes)
+    return one, two, three, torch.tensor(amaxes[:2])
 
 
 def _linear_backward_fake(
@@ -333,8 +333,11 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if grad_output is None:
             return (None,) * 4
-        # The decorator would cost each backward pass of a small layer a tenth of its time.
-        return (_refusing_a_second if torch.is_grad_enabled() else _gradients)(ctx, grad_output)
+        if not torch.is_grad_enabled():
+            return _gradients(ctx, grad_output)
+        with torch.no_grad():
+            gradients = _gradients(ctx, grad_output)
+        return context.once(gradients)
 
 
 def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -344,9 +347,14 @@ def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         held, weight = ctx.saved_tensors
         w = weight if ctx.weight is None else Operand(weight, False, ctx.weight)
         x = None if held is None else input_of(table, held, ctx.input)
-        with looking(ctx.look) if ctx.look is not None else _NOBODY:
-            *gradients, amaxes = _backward(table, grad_output, x, w, ctx.grad_scales, needs, ctx.seed)
-        ctx.layer.took_gradients(amaxes)
+        try:
+            with looking(ctx.look) if ctx.look is not None else _NOBODY:
+                *gradients, amaxes = _backward(table, grad_output, x, w, ctx.grad_scales, needs, ctx.seed)
+            ctx.layer.took_gradients(amaxes)
+        except ValueError as error:
+            ctx.layer.refused_gradient(error)
+            shapes = (len(grad_output), weight.shape[1]), weight.shape, weight.shape[:1]
+            gradients, amaxes = nan_gradients(grad_output, shapes, needs), (0.0, 0.0, 0.0)
         if ctx.record:
             context.update_after_backward(ctx.layer)
     else:
@@ -355,11 +363,13 @@ def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         )
         gradients = [gradient if need else None for gradient, need in zip(found, needs, strict=True)]
     if ctx.record:
-        gather(ctx.grad_history, amaxes)
+        gather(ctx.grad_history, amaxes[:2])
     return (*gradients, None)
 
 
-_refusing_a_second = torch.autograd.function.once_differentiable(_gradients)
+def nan_gradients(like: Tensor, shapes: Sequence[Sequence[int]], needs: Sequence[bool]) -> list[Tensor | None]:
+    """Gradients that make a loss scale skip the step."""
+    return [like.new_full(shape, torch.nan) if need else None for shape, need in zip(shapes, needs, strict=True)]
 
 
 def _linear_autograd(*arguments: Any) -> Any:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.recipes import Recipe
+from octavo.torch import context
 from octavo.torch.bilinear import Product
 from octavo.torch.site import Owner, Site
 from octavo.torch.stores import GRAD_INPUT, GRAD_WEIGHT, OUTPUT, UNCAST
@@ -19,7 +20,26 @@ __all__ = ["Place", "SiteOwner", "now"]
 class SiteOwner(Owner, Protocol):
     """Whom the sites of a model belong to."""
 
+    model: nn.Module
     sites: dict[str, Site]
+
+
+_PRODUCTS = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+
+
+def _checkpoints() -> object:
+    """What tells whether a checkpoint began or ended: the innermost hooks on saved tensors, and whether an autograd function runs."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    kept = hooks if hooks is not None and "checkpoint" in getattr(hooks[0], "__module__", "") else None
+    return None if kept is None else id(kept[0]), context.inside_function()
 
 
 class _Now(threading.local):
@@ -40,10 +60,21 @@ class Place:
             spec is not None for spec in (recipe.output.result, recipe.grad_input.result, recipe.grad_weight.result)
         )
         self.counts: dict[str, int] = {}
+        self.around: object = None
 
     def start(self) -> None:
         """Begin a pass of the module: its operators are counted anew."""
         self.counts = {}
+        if not torch.compiler.is_compiling():
+            self.around = _checkpoints()
+
+    def _refuse_checkpoint(self, word: str) -> None:
+        """Raise ValueError inside a checkpoint that began within this module: recomputed, its operators would be in no module."""
+        if not context.in_backward() and _checkpoints() != self.around:
+            raise ValueError(
+                f"{self.name or 'the model'} checkpoints a function of its own, which calls {word or 'a product'}: recomputed, it would "
+                "run in high precision; checkpoint a module instead, or exempt this one"
+            )
 
     def site(self, word: str, like: Tensor, *, main: bool = False) -> Site:
         """The site of the next operator `word` of this pass.  main: it is what a module without children is there for, and has its name."""
@@ -51,13 +82,22 @@ class Place:
         self.counts[word] = number
         if main and self.leaf and number == 1:
             return self.named("", like)
-        return self.named(word if number == 1 else f"{word}_{number}", like)
+        return self.named(f"{word}()" if number == 1 else f"{word}_{number}()", like)
 
     def named(self, word: str, like: Tensor) -> Site:
         """The site of that word, made where there is none yet."""
-        _ensure(self, word, like.device)
-        site: Site = getattr(self, f"site_{word}")  # torch.compile sees new attributes, but no new entries of a dict
+        if not torch.compiler.is_compiling():
+            self._refuse_checkpoint(word)
+        attribute = f"site_{word.removesuffix('()')}" if word.endswith("()") else f"named_{word}"
+        _ensure(self, attribute, word, like.device)
+        site: Site = getattr(self, attribute)  # torch.compile sees new attributes, but no new entries of a dict
         return site
+
+    def expect(self) -> None:
+        """Make the site of a module that is one product, before its first pass: ranks that run different layers then agree on all."""
+        weight = getattr(self.module, "weight", None)
+        if self.recipe is not None and isinstance(self.module, _PRODUCTS) and isinstance(weight, Tensor):
+            _ensure(self, "named_", "", weight.device)
 
     def linear(self, site: Site, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """`Site.linear` in the module's mode."""
@@ -74,7 +114,7 @@ class Place:
         if spec is None or not isinstance(x, Tensor) or not x.requires_grad:
             return x
         cell = GRAD_WEIGHT if weight else GRAD_INPUT
-        return site.store(x, self.module.training, cell=UNCAST, grad_cell=cell, lane=lane)
+        return site.read(x, self.module.training, cell=cell, lane=lane)
 
     def write(self, site: Site, y: Tensor, *, fresh: bool = False, both: bool = False) -> Tensor:
         """y as the recipe stores it.  fresh: nobody else has y, nor needs it backward; both: its gradient is stored here, too."""
@@ -88,12 +128,14 @@ class Place:
 
 # While torch.compile traces, this runs on the model itself, so that the traced graph meets the site.
 @torch.compiler.assume_constant_result
-def _ensure(place: Place, word: str, device: torch.device) -> None:
-    if f"site_{word}" in place.__dict__:
-        return
-    assert place.recipe is not None
-    name = ".".join(part for part in (place.name, word) if part) or "model"
-    sites = place.owner.sites
-    if name not in sites:
-        sites[name] = Site(name, place.recipe, device, place.owner)
-    place.__dict__[f"site_{word}"] = sites[name]
+def _ensure(place: Place, attribute: str, word: str, device: torch.device) -> None:
+    site: Site | None = place.__dict__.get(attribute)
+    if site is None:
+        assert place.recipe is not None
+        name = ".".join(part for part in (place.name, word) if part) or "model"
+        sites = place.owner.sites
+        if name not in sites:
+            sites[name] = Site(name, place.recipe, device, place.owner)
+        site = place.__dict__[attribute] = sites[name]
+    if site.draws.device != device:  # the model moved, and its sites are none of its modules
+        site.to(device)

@@ -17,7 +17,7 @@ from octavo.scaling import AmaxAlgorithm, Delayed, roll_history
 from octavo.torch import context
 from octavo.torch.watching import Look
 
-__all__ = ["BACKWARD", "FORWARD", "ScaledLayer"]
+__all__ = ["BACKWARD", "FORWARD", "ScaledLayer", "next_serial"]
 
 FORWARD = ("input", "weight", "output")
 """The tensors that the columns of the forward scales and histories stand for."""
@@ -45,6 +45,11 @@ class Progress:
 
 _PERSISTENT = ("scale_forward", "amax_history_forward", "scale_backward", "amax_history_backward")
 _serial = itertools.count()
+
+
+def next_serial() -> int:
+    """A number for the next layer: ranks that make layers in one order number them alike."""
+    return next(_serial)
 
 
 def gather(history: Tensor, amaxes: Tensor | tuple[float, ...]) -> None:
@@ -86,8 +91,11 @@ class ScaledLayer(nn.Module):
             self.resize_histories(recipe.delayed.history)
         self._join()
 
+    name = ""
+    """Tells layers of one serial apart."""
+
     def _join(self) -> None:
-        self.serial = next(_serial)
+        self.serial = next_serial()
         context.register(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -126,8 +134,12 @@ class ScaledLayer(nn.Module):
         """What is to see the tensors of this pass as they are cast; nothing, of a layer that nobody watches."""
         return None
 
-    def took_gradients(self, amaxes: tuple[Any, Any]) -> None:
-        """Called in eager CPU backward passes with the amaxes of grad_output and grad_input."""
+    def took_gradients(self, amaxes: tuple[Any, ...]) -> None:
+        """Called in eager CPU backward passes with the amaxes of grad_output, grad_input and grad_weight."""
+
+    def refused_gradient(self, error: ValueError) -> None:
+        """Called where a gradient cannot be cast: raises, or lets it be NaN."""
+        raise error
 
     def gather_forward(self, amaxes: Tensor | tuple[float, ...]) -> None:
         """Take the amaxes of a forward pass, one for each of `FORWARD`, into row 0."""

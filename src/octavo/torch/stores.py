@@ -6,6 +6,7 @@ the cell of `output` forward, of `grad_input` or `grad_weight` backward.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from octavo.torch.state import gather
 from octavo.torch.table import seed_of
 from octavo.torch.watching import looking
 
-__all__ = ["GRAD_INPUT", "GRAD_WEIGHT", "OUTPUT", "UNCAST", "store"]
+__all__ = ["GRAD_INPUT", "GRAD_WEIGHT", "OUTPUT", "UNCAST", "read", "store"]
 
 OUTPUT, GRAD_INPUT, GRAD_WEIGHT = 2, 5, 8
 """The numbers of the three results' cells."""
@@ -118,31 +119,86 @@ class _Store(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor | None, *unused: Any) -> tuple[Tensor | None, None]:  # type: ignore[override]
         if grad_output is None or ctx.cell == UNCAST:
             return grad_output, None
-        amax: Any
-        if ctx.site is None:
-            grad, amax = torch.ops.octavo.store.default(
-                grad_output,
-                ctx.grad_scale,
-                ctx.grad_scale,
-                ctx.grad_history,
-                ctx.draws,
-                ctx.recipe,
-                ctx.cell,
-                UNCAST,
-                ctx.lane,
-                False,
-            )
-        else:
-            with looking(ctx.look):
-                grad, amax = _stored(grad_output, ctx.recipe, ctx.cell, ctx.grad_scale, ctx.seed, ctx.lane)
-            marked(grad, cells_of(ctx.recipe).casts[ctx.cell])
-            ctx.site.took_gradients((0.0, amax))
-        if ctx.record and ctx.cell == GRAD_INPUT:
-            context.update_after_backward(ctx.site)
-            gather(
-                ctx.grad_history, (0.0, amax) if isinstance(amax, float) else torch.cat([torch.zeros_like(amax), amax])
-            )
-        return grad, None
+        if not torch.is_grad_enabled():
+            return _stored_gradient(ctx, grad_output), None
+        with torch.no_grad():
+            grad = _stored_gradient(ctx, grad_output)
+        return context.once((grad, None))  # type: ignore[return-value]
+
+
+def _stored_gradient(ctx: Any, grad_output: Tensor) -> Tensor:
+    """A gradient by its cell; of a sparse one (of an embedding), its values."""
+    if grad_output.is_sparse:
+        rows = grad_output.coalesce()
+        stored = _stored_gradient(ctx, rows.values())
+        found: Tensor = torch.sparse_coo_tensor(
+            rows.indices(), stored, rows.shape, is_coalesced=True, check_invariants=False
+        )
+        return found
+    grad: Tensor
+    amax: Any
+    if ctx.site is None:
+        scale, lane = ctx.grad_scale, ctx.lane
+        settings = ctx.recipe, ctx.cell, UNCAST, lane, False
+        grad, amax = torch.ops.octavo.store.default(grad_output, scale, scale, ctx.grad_history, ctx.draws, *settings)
+    else:
+        with looking(ctx.look):
+            grad, amax = _stored(grad_output, ctx.recipe, ctx.cell, ctx.grad_scale, ctx.seed, ctx.lane)
+        marked(grad, cells_of(ctx.recipe).casts[ctx.cell])
+        ctx.site.took_gradients((0.0, amax, 0.0) if ctx.cell == GRAD_INPUT else (0.0, 0.0, amax))
+    if ctx.record and ctx.cell == GRAD_INPUT:
+        context.update_after_backward(ctx.site)
+        gather(ctx.grad_history, (0.0, amax) if isinstance(amax, float) else torch.cat([torch.zeros_like(amax), amax]))
+    return grad
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Read:
+    """What `_stored_gradient` needs, where a hook and no autograd function stores the gradient."""
+
+    site: Any
+    look: Any
+    grad_scale: Tensor
+    grad_history: Tensor
+    recipe: str
+    cell: int
+    lane: int
+    seed: int
+    record: bool
+
+    def __call__(self, grad_output: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return _stored_gradient(self, grad_output)
+        with torch.no_grad():
+            grad = _stored_gradient(self, grad_output)
+        return context.once((grad,))[0]  # type: ignore[no-any-return]
+
+
+def read(site: Any, x: Tensor, *arguments: Any) -> Tensor:
+    """x itself, in a view of its own whose gradient is stored; arguments: of `store`, from grad_scale on but for cell.
+
+    A view, and not the result of an autograd function, because x may later be written to in place.
+    """
+    grad_scale, grad_history, draws, recipe, cell, lane, record = arguments
+    if torch.compiler.is_compiling() or not is_plain(x):
+        found = torch.ops.octavo.store.default(
+            x, grad_scale, grad_scale, grad_history, draws, recipe, UNCAST, cell, lane, record
+        )
+        return found[0]  # type: ignore[no-any-return]
+    view: Tensor = torch.ops.aten.alias.default(x)  # a view whose gradient may be sparse
+    hook = _Read(
+        site=site,
+        look=site.look(),
+        grad_scale=grad_scale,
+        grad_history=grad_history,
+        recipe=recipe,
+        cell=cell,
+        lane=lane,
+        seed=seed_of(draws, cells_of(recipe).recipe),
+        record=record,
+    )
+    view.register_hook(hook)
+    return view
 
 
 def _store_autograd(x: Tensor, *rest: Any) -> Any:

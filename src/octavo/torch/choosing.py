@@ -1,0 +1,89 @@
+"""What `emulate` is asked for: which modules, in which recipe, with which optimizer and loss scale."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping
+from typing import TypeAlias
+
+import torch
+from torch import nn
+
+from octavo.names import nearest
+from octavo.recipes import Gemm, Recipe
+from octavo.table import TensorSpec, Transform
+from octavo.torch.loss_scaling import LossScaler
+
+__all__ = ["Patterns", "check_optimizer", "chosen", "is_in", "output_uncast", "scaler_of"]
+
+Patterns: TypeAlias = Iterable[str | type[nn.Module]]
+"""Modules by qualified name, with *, ? and [] as in file names, or by type."""
+
+
+def is_in(site: str, module: str) -> bool:
+    """Whether a module or site is that module or lies in it, by their names."""
+    return not module or site == module or site.startswith(f"{module}.")
+
+
+def chosen(modules: Mapping[str, nn.Module], patterns: Patterns, what: str, *, inside: bool) -> set[str]:
+    """The names of the modules that patterns fit; inside: and of all within them."""
+    found: set[str] = set()
+    if isinstance(patterns, (str, type)):
+        raise ValueError(f"{what} is a list of names, patterns or types; got {patterns!r}: write [{patterns!r}]")
+    for pattern in patterns:
+        if isinstance(pattern, str):
+            fitting = fnmatch.filter(modules, pattern)
+            shown, near = repr(pattern), nearest(pattern, modules)
+        else:
+            fitting = [name for name, module in modules.items() if isinstance(module, pattern)]
+            kinds = sorted({type(module).__name__ for module in modules.values()})
+            shown, near = pattern.__name__, nearest(pattern.__name__, kinds)
+        if not fitting:
+            raise ValueError(f"{what} {shown} fits no module of the model{near}")
+        found.update(fitting)
+    if inside:
+        found.update(name for name in modules if any(is_in(name, top) for top in found))
+    return found
+
+
+def output_uncast(recipe: Recipe) -> Recipe:
+    """The recipe with neither output nor grad_output cast."""
+
+    def bare(row: Gemm) -> Gemm:
+        # Both operands of a GEMM have a transform or neither.
+        right = row.right
+        if right is not None and right.transform is not Transform.NONE:
+            right = TensorSpec(right.format, right.scaling, right.rounding, right.overflow)
+        return Gemm(left=None, right=right, result=row.result, accumulator=row.accumulator)
+
+    output = Gemm(left=recipe.output.left, right=recipe.output.right, accumulator=recipe.output.accumulator)
+    return Recipe(
+        name=f"{recipe.name}, output fused",
+        output=output,
+        grad_input=bare(recipe.grad_input),
+        grad_weight=bare(recipe.grad_weight),
+    )
+
+
+def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError for an optimizer that holds parameters of other models."""
+    own = {id(parameter) for parameter in model.parameters()}
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    foreign = sum(id(parameter) not in own for parameter in held)
+    if foreign:
+        raise ValueError(
+            f"the optimizer holds {foreign} of {len(held)} parameters that are not of this model; build it from model.parameters() after "
+            "the model is in place"
+        )
+
+
+def scaler_of(loss_scale: LossScaler | float | str | None, model: nn.Module) -> LossScaler | None:
+    """The loss scale that is asked for, on the model's device."""
+    if loss_scale is None or isinstance(loss_scale, LossScaler):
+        return loss_scale
+    device = next((parameter.device.type for parameter in model.parameters()), "cpu")
+    if loss_scale == "dynamic":
+        return LossScaler(device)
+    if isinstance(loss_scale, str):
+        raise ValueError(f'loss_scale is "dynamic", a number or a LossScaler; got {loss_scale!r}')
+    return LossScaler(device, start=float(loss_scale), dynamic=False)
