@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+WORKERS ?= 2
 
 # `check` is `lint` and then `test`: the same two that .ci/run calls.
 .PHONY: help demo test lint check exhaustive bench gpu clean
@@ -19,8 +20,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## train one network in float32, BF16 and FP8 side by side; writes runs/demo
 	$(BIN)/octavo compare --out runs/demo
 
-test: $(STAMP) ## run the tests
-	$(BIN)/python -m pytest
+# Processes that each ran several threads would slow each other down.
+test: $(STAMP) ## run the tests, in WORKERS=2 processes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(STAMP) ## format, lint and types
 	$(BIN)/ruff format --check .
