@@ -115,7 +115,7 @@ def cast_one(x: Tensor, cast: Cast | None, delayed: Tensor | None, seed: int, *,
 
     if cast is None or cast.spec.format.bits > 8:
         values = x if cast is None else cast(x, 1.0).values
-        return Matrix(values.t() if turned else values)
+        return Matrix(values.t() if turned else values, amax=None if cast is None else cuda.amax(x))
     matrix, spec = x.t() if turned else x, cast.spec
     if not cast.whole:
         return _in_blocks(matrix, cast, seed)
