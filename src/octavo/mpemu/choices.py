@@ -12,9 +12,8 @@ from torch import nn
 
 from octavo.formats import E3M4FN, E4M3FN, E5M2, FLOAT16, Format
 from octavo.names import nearest
-from octavo.recipes import Recipe, TensorSpec, direct
-from octavo.rounding import Overflow, Rounding
-from octavo.scaling import Current, Row, Unscaled
+from octavo.recipes import Recipe, TensorSpec, direct, hybrid
+from octavo.scaling import Row, Unscaled
 from octavo.torch.choosing import Patterns, chosen, output_uncast
 from octavo.torch.loss_scaling import LossScaler
 
@@ -50,8 +49,8 @@ def scaled_hybrid() -> Recipe:
 
     `octavo.recipes.hybrid` is the paper's (arXiv 2209.05433), which casts what enters a GEMM and no result.
     """
-    forward = TensorSpec(E4M3FN, Current())
-    gradient = TensorSpec(E5M2, Unscaled(), Rounding.STOCHASTIC, Overflow.SATURATE_FINITE)
+    operands = hybrid()
+    forward, gradient = operands.output.left, operands.grad_input.left
     return Recipe.from_tensors(
         "scaled_hybrid",
         input=forward,

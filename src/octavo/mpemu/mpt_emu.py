@@ -41,7 +41,7 @@ from octavo.mpemu.choices import (
 )
 from octavo.recipes import Recipe
 from octavo.rounding import checked_counter
-from octavo.torch.choosing import Patterns
+from octavo.torch.choosing import Patterns, is_in
 from octavo.torch.emulate import Emulation, install
 from octavo.torch.loss_scaling import LossScaler
 from octavo.torch.quantization import ptq_recipe
@@ -389,7 +389,7 @@ class MPTEmulator:
 
 def _owner(site: str, modules: Iterable[str]) -> str:
     """The name of the module that a site is in."""
-    return max((name for name in modules if not name or f"{site}.".startswith(f"{name}.")), key=len)
+    return max((name for name in modules if is_in(site, name)), key=len)
 
 
 def _batch(model: nn.Module, inputs: tuple[Any, ...], named_inputs: dict[str, Any]) -> Any:

@@ -27,8 +27,8 @@ class MatrixProduct:
 
     kind: ClassVar[str] = "matrices"
 
-    def layouts(self, left: Sequence[int], right: Sequence[int], grad: Sequence[int]) -> tuple[Layout, ...]:
-        """Of the six operands, by row of the recipe's table; the arguments are shapes."""
+    def layouts(self, rank: int) -> tuple[Layout, ...]:
+        """Of the six operands, by row of the recipe's table; rank: of each."""
         along, turned = Layout((0, 1, 2), 1), Layout((0, 2, 1), 1)
         return along, along, along, turned, turned, turned
 
@@ -69,9 +69,8 @@ class Convolution:
 
     kind: ClassVar[str] = "convolution"
 
-    def layouts(self, left: Sequence[int], right: Sequence[int], grad: Sequence[int]) -> tuple[Layout, ...]:
-        """Of the six operands, by row of the recipe's table; the arguments are shapes."""
-        rank = len(left)
+    def layouts(self, rank: int) -> tuple[Layout, ...]:
+        """Of the six operands, by row of the recipe's table; rank: of each."""
         places = tuple(range(2, rank))
         if self.groups == 1:
             channels = Layout((0, *places, 1), 0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
@@ -24,11 +24,11 @@ __all__ = [
     "autocast",
     "check_recipe",
     "current",
+    "differentiated_once",
     "fp8_autocast",
     "has_ranks",
     "in_backward",
     "inside_function",
-    "once",
     "register",
     "unregister",
     "update_after_backward",
@@ -167,21 +167,20 @@ def fp8_autocast(
 
 @torch.compiler.disable
 def _leave(frame: Frame, *, keep: bool) -> None:
-    if not keep:
-        for layer in _layers:
-            layer.forget_forward()
-        return
-    _active.group = frame.group
-    _reduce(_layers, backward=False, group=frame.group)
-    for layer in _layers:
-        layer.update_forward()
+    if keep:
+        _active.group = frame.group
+    update_forward(_layers, keep=keep, group=frame.group)
 
 
-def once(gradients: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The gradients of a backward pass that is itself recorded (`create_graph=True`): whoever differentiates them again is refused.
+def differentiated_once(gradients_of: Callable[..., tuple[Any, ...]], *arguments: Any) -> tuple[Any, ...]:
+    """`gradients_of(*arguments)`; where the backward pass is itself recorded (`create_graph=True`), differentiating them is refused.
 
     `torch.autograd.function.once_differentiable` refuses only where the incoming gradient is recorded, too.
     """
+    if not torch.is_grad_enabled():
+        return gradients_of(*arguments)
+    with torch.no_grad():
+        gradients = gradients_of(*arguments)
     tensors = [gradient for gradient in gradients if isinstance(gradient, torch.Tensor)]
     refusal = torch._C._functions.DelayedError(
         b"trying to differentiate twice: 8-bit gradients are once_differentiable, as casts have no gradient of their own",
@@ -192,10 +191,10 @@ def once(gradients: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(next(refused) if isinstance(gradient, torch.Tensor) else gradient for gradient in gradients)
 
 
-def update_forward(layers: Iterable[Scaled], *, keep: bool) -> None:
+def update_forward(layers: Iterable[Scaled], *, keep: bool, group: Any = None) -> None:
     """Update the forward scales of layers whose pass has ended; keep: whether it was one of training, else its amaxes are dropped."""
     if keep:
-        _reduce(layers, backward=False, group=None)
+        _reduce(layers, backward=False, group=group)
     for layer in layers:
         if keep:
             layer.update_forward()

@@ -211,11 +211,9 @@ def _contracted(place: Place, one: str, other: str, output: str, a: Tensor, b: T
     inner = [letter for letter in one if letter in other and letter not in output]
     rows = [letter for letter in one if letter not in other]
     columns = [letter for letter in other if letter not in one]
-    sizes = dict(zip(other, b.shape, strict=True)) | {
-        letter: size for letter, size in zip(one, a.shape, strict=True) if size != 1 or letter not in other
-    }
-    for letter, size in zip(other, b.shape, strict=True):
-        if size != 1:
+    sizes: dict[str, int] = {}
+    for letter, size in zip(one + other, (*a.shape, *b.shape), strict=True):
+        if sizes.get(letter, 1) == 1:  # which broadcasts
             sizes[letter] = size
     count = {
         name: [sizes[letter] for letter in letters]

@@ -22,7 +22,7 @@ from octavo.torch.choosing import Patterns, check_optimizer, chosen, output_unca
 from octavo.torch.interception import Interception
 from octavo.torch.loss_scaling import LossScaler
 from octavo.torch.masters import round_masters
-from octavo.torch.observing import Observer, observer
+from octavo.torch.observing import Observer
 from octavo.torch.place import Place, now
 from octavo.torch.site import Site
 from octavo.torch.state import next_serial
@@ -130,9 +130,8 @@ class Emulation:
             entered = module.__dict__.get("forward")
             if isinstance(entered, _Entered) and entered.emulation is self:
                 entered.restore()
-        for site in (
-            self.sites.values()
-        ):  # at once, and not when they are collected, which every rank would do at a time of its own
+        # At once, and not when sites are collected, which every rank would do at a time of its own.
+        for site in self.sites.values():
             context.unregister(site)
 
     def scale(self, loss: Tensor) -> Tensor:
@@ -197,7 +196,7 @@ class Emulation:
         and so the model's bits, stay as they are.  Of several passes in one step the first is seen.  Not in compiled code.
         """
         found = (dumps,) if isinstance(dumps, Dumps) else tuple(dumps)
-        self._observers.append(observer(writers, every, found))
+        self._observers.append(Observer(every=every, writers=writers, dumps=found))
 
     def look(self, site: str) -> Look | None:
         """What is to see the tensors of a site in this step."""

@@ -16,7 +16,18 @@ from torch import Tensor
 from octavo.table import Accumulator, Gemm
 from octavo.torch import context
 from octavo.torch.bilinear import Product, product_from
-from octavo.torch.layouts import Cells, Found, Layout, as_it_lies, cast_tensor, cells_of, marked
+from octavo.torch.layouts import (
+    GRAD_INPUT,
+    GRAD_WEIGHT,
+    OUTPUT,
+    Cells,
+    Found,
+    Layout,
+    as_it_lies,
+    cast_tensor,
+    cells_of,
+    marked,
+)
 from octavo.torch.ops import is_plain, nan_gradients
 from octavo.torch.state import gather
 from octavo.torch.table import seed_of
@@ -33,8 +44,6 @@ _library.define(
     "product_backward(Tensor grad_output, Tensor left, Tensor right, Tensor facts, Tensor scales, Tensor draws, str recipe, str product, "
     "bool[] needs, bool record) -> (Tensor, Tensor, Tensor, Tensor)"
 )
-_OUTPUT, _GRAD_INPUT, _GRAD_WEIGHT = 2, 5, 8
-"""The numbers of the three results' cells."""
 
 
 def product(site: Any, *arguments: Any) -> tuple[Tensor, Any]:
@@ -97,7 +106,7 @@ def _forward(
     row = cells.recipe.output
     _check_sums(row, "output")
     s_left, s_right, s_output = numbers(scales)
-    layouts = product.layouts(left.shape, right.shape, ())
+    layouts = product.layouts(left.dim())
     with _in_own_dtypes(left):
         a = cast_tensor(left, cells.casts[0], layouts[0], s_left, seed, slot=0)
         b = cast_tensor(right, cells.casts[1], layouts[1], s_right, seed, slot=1)
@@ -109,7 +118,7 @@ def _forward(
                 y = y + base.reshape(-1, *[1] * (y.dim() - 2))
         else:
             y = product.forward(a.values.to(wide), b.values.to(wide), base)
-        y, y_amax = _result(y, cells, _OUTPUT, s_output, seed)
+        y, y_amax = _result(y, cells, OUTPUT, s_output, seed)
         return y.to(dtype), (a.scale, b.scale, a.amax, b.amax, y_amax)
 
 
@@ -130,7 +139,7 @@ def _backward(
     """
     s_grad_output, s_grad_input = numbers(scales)
     shapes = left.shape, right.shape
-    layouts = product.layouts(*shapes, grad_output.shape)
+    layouts = product.layouts(left.dim())
     grad_left = grad_right = grad_bias = None
     g: Found | None = None
     i_amax: Any = 0.0
@@ -156,9 +165,9 @@ def _backward(
             grad_right = product.grad_right(turned.values.to(wide), a.to(wide), shapes[1])
     if grad_left is not None:
         summed = _rounded_sum(grad_left, cells.recipe.grad_input)
-        grad_left, i_amax = _result(summed, cells, _GRAD_INPUT, s_grad_input, seed)
+        grad_left, i_amax = _result(summed, cells, GRAD_INPUT, s_grad_input, seed)
     if grad_right is not None:
-        grad_right, w_amax = _result(_rounded_sum(grad_right, cells.recipe.grad_weight), cells, _GRAD_WEIGHT, 1.0, seed)
+        grad_right, w_amax = _result(_rounded_sum(grad_right, cells.recipe.grad_weight), cells, GRAD_WEIGHT, 1.0, seed)
     if needs[2]:
         grad_bias = grad_output.sum(product.bias_axes(grad_output.dim()))
     return grad_left, grad_right, grad_bias, (0.0 if g is None else g.amax, i_amax, w_amax)
@@ -178,6 +187,12 @@ def _again(
     """The values of an operand of the forward pass in the backward one: of the same cast, or of its other cell."""
     cell, layout = (numbers[0], layouts[0]) if once else (numbers[1], layouts[1])
     return cast_tensor(x, cells.casts[cell], layout, scale if once else 1.0, seed, again=once, slot=slot).values
+
+
+def _channels(product: Product, grad_output: Tensor) -> list[int]:
+    """The shape of a bias, and of its gradient."""
+    summed = product.bias_axes(grad_output.dim())
+    return [size for axis, size in enumerate(grad_output.shape) if axis not in summed]
 
 
 def packed(amaxes: Sequence[Any], like: Tensor) -> Tensor:
@@ -272,12 +287,10 @@ def _product_backward_fake(
     record: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = torch.float64 if torch.float64 in (grad_output.dtype, left.dtype, right.dtype) else torch.float32
-    axes = product_from(product).bias_axes(grad_output.dim())
-    channels = [size for axis, size in enumerate(grad_output.shape) if axis not in axes]
     return (
         grad_output.new_empty(left.shape if needs[0] else 0, dtype=wide if needs[0] else grad_output.dtype),
         grad_output.new_empty(right.shape if needs[1] else 0, dtype=wide if needs[1] else grad_output.dtype),
-        grad_output.new_empty(channels if needs[2] else 0),
+        grad_output.new_empty(_channels(product_from(product), grad_output) if needs[2] else 0),
         scales.new_empty(2),
     )
 
@@ -308,11 +321,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if grad_output is None:
             return (None,) * 4
-        if not torch.is_grad_enabled():
-            return _gradients(ctx, grad_output)
-        with torch.no_grad():
-            gradients = _gradients(ctx, grad_output)
-        return context.once(gradients)
+        return context.differentiated_once(_gradients, ctx, grad_output)
 
 
 def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -329,9 +338,7 @@ def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
             ctx.site.took_gradients(amaxes)
         except ValueError as error:
             ctx.site.refused_gradient(error)
-            axes = product.bias_axes(grad_output.dim())
-            channels = [size for axis, size in enumerate(grad_output.shape) if axis not in axes]
-            gradients = nan_gradients(grad_output, (left.shape, right.shape, channels), needs)
+            gradients = nan_gradients(grad_output, (left.shape, right.shape, _channels(product, grad_output)), needs)
             amaxes = 0.0, 0.0, 0.0
         if ctx.record:
             context.update_after_backward(ctx.site)

@@ -24,6 +24,9 @@ from octavo.torch.operands import KINDS, Cast
 from octavo.torch.watching import watch
 
 __all__ = [
+    "GRAD_INPUT",
+    "GRAD_WEIGHT",
+    "OUTPUT",
     "Cells",
     "Found",
     "Layout",
@@ -73,6 +76,10 @@ class Layout(NamedTuple):
 def as_it_lies(rank: int) -> Layout:
     """Of a tensor that is contracted along no axis: a matrix of rows along its last one."""
     return Layout(tuple(range(rank)), 0)
+
+
+OUTPUT, GRAD_INPUT, GRAD_WEIGHT = 2, 5, 8
+"""The numbers of the three results' cells."""
 
 
 class Cells(NamedTuple):
@@ -265,13 +272,7 @@ def _standing(x: Tensor, cast: Cast, layout: Layout, slot: int | None) -> Found 
     scaling = cast.spec.scaling
     if layout.split is not None or cast.stochastic or cast.spec.transform is not Transform.NONE:
         return None
-    if (
-        not isinstance(scaling, Block)
-        or scaling.shape[0] != 1
-        or not scaling.padding
-        or not x.is_contiguous()
-        or x.numel() == 0
-    ):
+    if not isinstance(scaling, Block) or scaling.shape[0] != 1 or not scaling.padding or not x.is_contiguous():
         return None
     axis, long = layout.order[-1], scaling.shape[1]
     outer, size, inner = math.prod(x.shape[:axis]), x.shape[axis], math.prod(x.shape[axis + 1 :])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -42,7 +42,7 @@ class Observer:
     every: int
     writers: tuple[Writer, ...]
     dumps: tuple[Dumps, ...]
-    seen: set[tuple[int, str, int]]
+    seen: set[tuple[int, str, int]] = field(default_factory=set, init=False)
     """(step, site, cell) of the newest step."""
 
     def __post_init__(self) -> None:
@@ -83,8 +83,3 @@ def _may_want(dumps: Dumps, step: int) -> bool:
 def _array(x: Tensor) -> npt.NDArray[np.float32]:
     array: npt.NDArray[np.float32] = x.detach().float().cpu().numpy()
     return array
-
-
-def observer(writers: Sequence[Writer], every: int, dumps: Sequence[Dumps]) -> Observer:
-    """One that has seen nothing."""
-    return Observer(every=every, writers=tuple(writers), dumps=tuple(dumps), seen=set())

@@ -333,11 +333,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if grad_output is None:
             return (None,) * 4
-        if not torch.is_grad_enabled():
-            return _gradients(ctx, grad_output)
-        with torch.no_grad():
-            gradients = _gradients(ctx, grad_output)
-        return context.once(gradients)
+        return context.differentiated_once(_gradients, ctx, grad_output)
 
 
 def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:

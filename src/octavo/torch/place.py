@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from octavo.recipes import Recipe
 from octavo.torch import context
 from octavo.torch.bilinear import Product
+from octavo.torch.layouts import GRAD_INPUT, GRAD_WEIGHT, OUTPUT
 from octavo.torch.site import Owner, Site
-from octavo.torch.stores import GRAD_INPUT, GRAD_WEIGHT, OUTPUT, UNCAST
+from octavo.torch.stores import UNCAST
 
 __all__ = ["Place", "SiteOwner", "now"]
 

@@ -14,16 +14,14 @@ from torch import Tensor
 
 from octavo.torch import context
 from octavo.torch.emulated import numbers, packed
-from octavo.torch.layouts import as_it_lies, cast_tensor, cells_of, marked
+from octavo.torch.layouts import GRAD_INPUT, as_it_lies, cast_tensor, cells_of, marked
 from octavo.torch.ops import is_plain
 from octavo.torch.state import gather
 from octavo.torch.table import seed_of
 from octavo.torch.watching import looking
 
-__all__ = ["GRAD_INPUT", "GRAD_WEIGHT", "OUTPUT", "UNCAST", "read", "store"]
+__all__ = ["UNCAST", "read", "store"]
 
-OUTPUT, GRAD_INPUT, GRAD_WEIGHT = 2, 5, 8
-"""The numbers of the three results' cells."""
 UNCAST = -1
 """The number of no cell."""
 
@@ -119,11 +117,11 @@ class _Store(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor | None, *unused: Any) -> tuple[Tensor | None, None]:  # type: ignore[override]
         if grad_output is None or ctx.cell == UNCAST:
             return grad_output, None
-        if not torch.is_grad_enabled():
-            return _stored_gradient(ctx, grad_output), None
-        with torch.no_grad():
-            grad = _stored_gradient(ctx, grad_output)
-        return context.once((grad, None))  # type: ignore[return-value]
+        return context.differentiated_once(_gradients, ctx, grad_output)  # type: ignore[return-value]
+
+
+def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+    return _stored_gradient(ctx, grad_output), None
 
 
 def _stored_gradient(ctx: Any, grad_output: Tensor) -> Tensor:
@@ -167,11 +165,7 @@ class _Read:
     record: bool
 
     def __call__(self, grad_output: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            return _stored_gradient(self, grad_output)
-        with torch.no_grad():
-            grad = _stored_gradient(self, grad_output)
-        return context.once((grad,))[0]  # type: ignore[no-any-return]
+        return context.differentiated_once(_gradients, self, grad_output)[0]  # type: ignore[no-any-return]
 
 
 def read(site: Any, x: Tensor, *arguments: Any) -> Tensor:

@@ -15,7 +15,7 @@ __all__ = ["Look", "looking", "watch"]
 
 Look: TypeAlias = Callable[[int, TensorSpec, Tensor, Callable[[], Tensor], float], None]
 """Takes the number of the cell (3 * row + place in the recipe's table), its spec, the tensor as it was, a function that gives the values
-it was cast to, float32 or float64 of the same shape (None of them where the cast turns the axes of the tensor), and its one scale."""
+it was cast to, float32 or float64 of the same shape, and its one scale.  Of a cast that turns or transforms, the tensor so laid."""
 
 
 class _Watch(threading.local):
