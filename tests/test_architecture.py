@@ -11,14 +11,14 @@ import octavo
 
 ROOT = Path(octavo.__file__).parent
 LAYERS = (
-    ("names", "files"),
+    ("names", "files", "patterns"),
     ("formats", "rounding", "scaling", "table", "recipes", "reference"),
     ("kernels",),
     ("casts", "qtensor", "cuts", "archive", "checkpoint"),
     ("torch", "jax", "engine", "diagnose"),
     ("mpemu",),
     ("lab",),
-    ("cli",),
+    ("cli", "cli_runs"),
 )
 """From the bottom up: a module imports from its own layer and from those below."""
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}

@@ -122,7 +122,7 @@ def test_recipes_prints_three_rows_for_each_recipe() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["compar"], "No such command 'compar'. Did you mean 'compare'?"),
+        (["compar"], "No such command 'compar'. Did you mean 'compare'"),
         (["compare", "--epoch", "3"], "No such option: --epoch (Possible options: --epochs)"),
         (["compare", "--steps", "many"], "Invalid value for '--steps'"),
         (["compare", "--steps", "0"], "Invalid value for '--steps'"),

@@ -1,23 +1,29 @@
 """Checkpoints that never pickle and are never half written: safetensors with a versioned JSON header, from and for any framework.
 
-The file's metadata holds one key, `octavo`, whose JSON is `{"format": "octavo", "version": 1, "header": {...}}`.
+The file's metadata holds two keys: `octavo`, whose JSON is `{"format": "octavo", "version": 2, "header": {...}}`, and `sha256`, the
+digest of the whole file with zeros in its own place.  Version 1 had no digest.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from octavo.files import write_whole
 
-__all__ = ["VERSION", "CheckpointError", "load", "save"]
+__all__ = ["VERSION", "CheckpointError", "load", "read_header", "save"]
 
-VERSION = 1
-_KEY = "octavo"
+VERSION = 2
+_KEY, _DIGEST = "octavo", "sha256"
+_BLANK = "0" * 64
+_STANDS = re.compile(rb'"sha256":"([0-9a-f]{64})"')
+_HEAD, _CHUNK = 8, 1 << 20
 _MODULES = {"torch": "pt", "flax": "flax", "numpy": "np"}
 """safetensors' modules that write a framework's tensors, and its names of the frameworks that read them."""
 
@@ -42,7 +48,10 @@ def save(
         raise CheckpointError(
             f"{path}: the header must be plain JSON ({error}); store numbers, strings, lists"
         ) from None
-    content = _safetensors(framework).save(dict(tensors), metadata={_KEY: text})
+    blank = _safetensors(framework).save(dict(tensors), metadata={_KEY: text, _DIGEST: _BLANK})
+    place = _place(blank[: _HEAD + int.from_bytes(blank[:_HEAD], "little")])
+    assert place is not None
+    content = b"".join((blank[: place[0]], hashlib.sha256(blank).hexdigest().encode(), blank[place[1] :]))
     try:
         write_whole(path, content)
     except OSError as error:
@@ -52,7 +61,8 @@ def save(
 def load(path: str | os.PathLike[str], *, framework: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """What `save` wrote, from whichever framework: the tensors of this one, on the CPU, and the header.
 
-    Raises CheckpointError where the file is missing, truncated, not Octavo's, or from a newer version, ImportError without safetensors.
+    Raises CheckpointError where the file is missing, truncated, damaged, not Octavo's, or from a newer version, ImportError without
+    safetensors.
     """
     path = Path(path)
     if not path.is_file():
@@ -61,7 +71,8 @@ def load(path: str | os.PathLike[str], *, framework: str) -> tuple[dict[str, Any
     safetensors = importlib.import_module("safetensors")
     try:
         with safetensors.safe_open(path, framework=_MODULES[framework]) as file:
-            header = _header(path, file.metadata())
+            version, header = _header(path, file.metadata())
+            _check_digest(path, version)
             return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 (not a mapping)
     except safetensors.SafetensorError as error:
         reason = str(error).splitlines()[0]
@@ -70,6 +81,44 @@ def load(path: str | os.PathLike[str], *, framework: str) -> tuple[dict[str, Any
         ) from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+
+
+def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The header alone.  Raises CheckpointError as `load` does, but looks at no tensor."""
+    path, safetensors = Path(path), importlib.import_module("safetensors")
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint; check the path")
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            return _header(path, file.metadata())[1]
+    except safetensors.SafetensorError as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{path}: truncated, or not a safetensors file ({reason}); use an earlier checkpoint"
+        ) from None
+
+
+def _place(head: bytes) -> tuple[int, int] | None:
+    """Where the digest stands, in the JSON that safetensors begins a file with."""
+    found = _STANDS.search(head)
+    return found.span(1) if found else None
+
+
+def _check_digest(path: Path, version: int) -> None:
+    """Raise CheckpointError where the file is not as it was written."""
+    with open(path, "rb") as file:
+        size = file.read(_HEAD)
+        head = size + file.read(int.from_bytes(size, "little"))
+        place = _place(head)
+        if place is None:
+            if version > 1:
+                raise CheckpointError(f"{path}: damaged, its SHA-256 cannot be read; use an earlier checkpoint")
+            return
+        digest = hashlib.sha256(head[: place[0]] + _BLANK.encode() + head[place[1] :])
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    if digest.hexdigest().encode() != head[slice(*place)]:
+        raise CheckpointError(f"{path}: damaged, its SHA-256 is not the one written; use an earlier checkpoint")
 
 
 def _safetensors(framework: str) -> Any:
@@ -82,8 +131,8 @@ def _safetensors(framework: str) -> Any:
         ) from None
 
 
-def _header(path: Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:
-    """The caller's header out of the file's metadata, or a `CheckpointError` that says whose file it is."""
+def _header(path: Path, metadata: Mapping[str, str] | None) -> tuple[int, dict[str, Any]]:
+    """The version and the caller's header out of the file's metadata, or a `CheckpointError` that says whose file it is."""
     foreign = CheckpointError(f"{path}: not an Octavo checkpoint; give a file that octavo wrote")
     try:
         outer = json.loads((metadata or {})[_KEY])
@@ -98,4 +147,4 @@ def _header(path: Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:
     header = outer.get("header")
     if not isinstance(header, dict):
         raise foreign
-    return header
+    return outer["version"], header

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from octavo import cli_runs
 from octavo.names import nearest
 
 if TYPE_CHECKING:
@@ -19,14 +20,14 @@ if TYPE_CHECKING:
 __all__ = ["app", "main"]
 
 app = typer.Typer(
-    help="Train neural networks in 8 bits: compare precisions on MNIST, list number formats and recipes.",
+    help="Train neural networks in 8 bits: compare precisions on MNIST, run, resume and inspect trainings, list formats and recipes.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 # click's UsageError, from which BadParameter derives; where it lives depends on the version of typer.
 _USAGE: tuple[type[BaseException], ...] = typer.BadParameter.__mro__[1:2]
-_EXTRAS = ("torch", "safetensors", "pooch", "matplotlib", "sklearn", "jinja2")
+_EXTRAS = ("torch", "safetensors", "pooch", "matplotlib", "sklearn", "jinja2", "pydantic", "yaml")
 
 
 class _UnknownName(ValueError):
@@ -208,6 +209,9 @@ def recipes(name: Annotated[str | None, typer.Argument(help="One recipe; default
     if name is not None:
         _require("recipe", name, NAMED)
     print("\n\n".join(make().describe() for key, make in NAMED.items() if name in (None, key)))
+
+
+cli_runs.add(app)
 
 
 def _require(kind: str, word: str, choices: Iterable[str]) -> None:

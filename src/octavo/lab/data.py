@@ -60,13 +60,13 @@ class Source(enum.Enum):
 class Dataset:
     """Images and labels for training and for testing.
 
-    name: "mnist" or "digits"; source: a sentence saying where the data came from.
+    name: "mnist", "digits" or "fake"; source: a sentence saying where the data came from.
     train_images, test_images: uint8 [N, 28, 28], 0 is background; train_labels, test_labels: uint8 [N], 0 to 9.
 
     Raises `DataError` for any other shape, dtype or label, for unequal counts, and for no data.
     """
 
-    name: Literal["mnist", "digits"]
+    name: Literal["mnist", "digits", "fake"]
     source: str
     train_images: Bytes
     train_labels: Bytes
@@ -119,6 +119,38 @@ def load(source: Source = Source.AUTO, *, cache: Path | None = None, mirrors: Se
         remedy = "set OCTAVO_DATA to a folder with its four IDX files, or use --data digits"
         raise DataError(f"MNIST is not available: {error}{aside}; {remedy}") from None
     return _read({name: folder / name for name in CHECKSUMS}, f"MNIST from the cache, {folder}{aside}")
+
+
+def load_folder(folder: Path, *, mirrors: Sequence[str] = MIRRORS) -> Dataset:
+    """MNIST from `folder`, or from `MNIST/raw` below it, which is filled from `mirrors` where it holds none of the files.
+
+    Raises `DataError` where some of the files are missing or broken, or the download fails.
+    """
+    files = _find(folder)
+    missing = [name.removesuffix(".gz") for name in CHECKSUMS if name not in files]
+    if files and missing:
+        raise DataError(f"data_dir {folder} lacks {', '.join(missing)}; add them, or name another folder")
+    if not files:
+        try:
+            download(folder, mirrors=mirrors)
+        except (_Unavailable, ImportError) as error:
+            remedy = "name a folder with MNIST's four IDX files, or remove data_dir"
+            raise DataError(f"data_dir {folder} has no MNIST, and it cannot be had: {error}; {remedy}") from None
+    return _read(files or {name: folder / name for name in CHECKSUMS}, f"MNIST from {folder}")
+
+
+def fake(samples: int, *, seed: int) -> Dataset:
+    """Random images of random classes, for trying a set-up out: as many for testing as for training."""
+    draws = np.random.Generator(np.random.Philox(key=np.array([seed, 1 << 32], dtype=np.uint64)))
+    parts = [draws.integers(0, high, shape, np.uint8) for high, shape in ((256, (samples, 28, 28)), (10, samples)) * 2]
+    return Dataset(
+        name="fake",
+        source="random images",
+        train_images=parts[0],
+        train_labels=parts[1],
+        test_images=parts[2],
+        test_labels=parts[3],
+    )
 
 
 def _find(root: Path) -> dict[str, Path]:

@@ -28,7 +28,18 @@ from octavo.lab.data import Dataset, batches
 from octavo.lab.training import MEAN, STD, TEST_BATCH, DivergenceError, History, Optimizer, Progress, TrainConfig
 from octavo.torch import Emulation
 
-__all__ = ["Contender", "Forward", "Prepared", "evaluate", "prepare", "take_turns", "train"]
+__all__ = [
+    "Contender",
+    "Forward",
+    "Prepared",
+    "evaluate",
+    "named_gradients",
+    "named_parameters",
+    "prepare",
+    "require_finite",
+    "take_turns",
+    "train",
+]
 
 Forward = Callable[[], contextlib.AbstractContextManager[object]]
 """Makes the context that a forward pass runs in: `torch.autocast(...)`, `octavo.torch.autocast(...)` or nothing."""
@@ -129,10 +140,10 @@ def train(
     )
     with torch.random.fork_rng(devices=[]), run.progress:
         torch.manual_seed(config.seed)
-        _require_finite(_parameters(model), step=1)
+        require_finite(named_parameters(model), step=1)
         for epoch, steps in enumerate(plan):
             run.epoch(config, epoch=epoch, steps=steps)
-            _require_finite(_parameters(model), step=len(history.losses))
+            require_finite(named_parameters(model), step=len(history.losses))
             test_loss, accuracy = evaluate(model, data.test_inputs, data.test_labels, forward=forward)
             if not math.isfinite(test_loss):
                 step = len(history.losses)
@@ -212,14 +223,14 @@ class _Run:
         number = len(self.history.losses) + 1
         x, y = self.data.train_inputs[index], self.data.train_labels[index]
         if self.bad_rows is not None and bool(self.bad_rows[index].any()):
-            _require_finite([("the input", x)], step=number)
+            require_finite([("the input", x)], step=number)
         self.optimizer.zero_grad()
         with self.forward():
             log_probs = self.model(x)
         loss = F.nll_loss(log_probs.float(), y)
         value = loss.item()
         if not math.isfinite(value):
-            _require_finite([*_parameters(self.model), ("the output", log_probs), ("the loss", loss)], step=number)
+            require_finite([*named_parameters(self.model), ("the output", log_probs), ("the loss", loss)], step=number)
         if self.emulation is None:
             self._update(loss, number)
         else:
@@ -233,7 +244,7 @@ class _Run:
         # One sum a gradient, 12 us of the MLP's 1 ms step; where good values overflow it, the exact check finds none.
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         if not math.isfinite(sum(gradient.sum().item() for gradient in gradients)):
-            _require_finite([*_parameters(self.model), *_gradients(self.model)], step=number)
+            require_finite([*named_parameters(self.model), *named_gradients(self.model)], step=number)
         self.optimizer.step()
 
 
@@ -252,18 +263,18 @@ def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
             return torch.optim.Adadelta(model.parameters(), lr=config.lr)
 
 
-def _parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def named_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for name, parameter in model.named_parameters():
         yield f"parameter {name!r}", parameter
 
 
-def _gradients(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def named_gradients(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             yield f"the gradient of {name!r}", parameter.grad
 
 
-def _require_finite(named: Iterable[tuple[str, torch.Tensor]], *, step: int) -> None:
+def require_finite(named: Iterable[tuple[str, torch.Tensor]], *, step: int) -> None:
     """Raises `DivergenceError` for the first tensor that holds NaN or Inf."""
     for name, tensor in named:
         bad = ~torch.isfinite(tensor.detach())

@@ -50,7 +50,7 @@ def initial_weights(name: ModelName, seed: int) -> dict[str, NDArray[np.float32]
         raise ValueError(f"seed must be at least 0 and below 2**64, got {seed}; pass such a number")
     weights: dict[str, NDArray[np.float32]] = {}
     for layer, shape in _layers(name):
-        weight, bias = (_generator(seed, len(weights) + i) for i in (0, 1))
+        weight, bias = (generator(seed, len(weights) + i) for i in (0, 1))
         fan_in, fan_out = math.prod(shape[1:]), shape[0]
         if name is ModelName.MLP:
             deviation = math.sqrt(2 / (fan_in + fan_out))
@@ -62,7 +62,7 @@ def initial_weights(name: ModelName, seed: int) -> dict[str, NDArray[np.float32]
     return weights
 
 
-def _generator(seed: int, index: int) -> np.random.Generator:
+def generator(seed: int, index: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=np.array([seed, index], dtype=np.uint64)))
 
 

@@ -12,9 +12,10 @@ from torch import nn
 
 from octavo.formats import E3M4FN, E4M3FN, E5M2, FLOAT16, Format
 from octavo.names import nearest
+from octavo.patterns import Patterns, chosen
 from octavo.recipes import Recipe, TensorSpec, direct, hybrid
 from octavo.scaling import Row, Unscaled
-from octavo.torch.choosing import Patterns, chosen, output_uncast
+from octavo.torch.choosing import output_uncast
 from octavo.torch.loss_scaling import LossScaler
 
 __all__ = [

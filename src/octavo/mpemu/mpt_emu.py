@@ -39,9 +39,9 @@ from octavo.mpemu.choices import (
     select,
     steps_of,
 )
+from octavo.patterns import Patterns, is_in
 from octavo.recipes import Recipe
 from octavo.rounding import checked_counter
-from octavo.torch.choosing import Patterns, is_in
 from octavo.torch.emulate import Emulation, install
 from octavo.torch.loss_scaling import LossScaler
 from octavo.torch.quantization import ptq_recipe

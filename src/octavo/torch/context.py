@@ -30,6 +30,7 @@ __all__ = [
     "in_backward",
     "inside_function",
     "register",
+    "settle",
     "unregister",
     "update_after_backward",
     "update_alone",
@@ -69,6 +70,10 @@ class _Active(threading.local):
     """The layers that took part in it; None where they are not known, in compiled code."""
     group: Any = None
     """The process group of the last `autocast` left, for the backward pass that follows it."""
+    put_off: tuple[list[Scaled], Any] | None = None
+    """Layers whose forward scales are yet to move, and their process group: ranks agree on them with those of the backward pass."""
+    held: bool = False
+    """Whether a backward pass ended inside the block that is still open: its scales move when that is left."""
 
 
 _active = _Active()
@@ -128,7 +133,8 @@ class autocast:
     enabled: False turns 8 bits off inside; calibrating: gather amaxes without casting (with enabled=False), so that the scales fit the
     data when the block ends; recipe: for all layers inside; None leaves each its own, or `delayed_scaling()` where it has none;
     amax_reduction_group: the process group whose ranks share amaxes (default: all ranks, where there are several).
-    May be nested and entered again; scales move on leaving the outermost enabled block.
+    May be nested and entered again; scales move on leaving the outermost enabled block, and those of backward passes at their end.  Passes
+    forward and backward inside one block, such as those of micro-batches, count as one: all scales then move once, when it is left.
     """
 
     def __init__(
@@ -143,6 +149,8 @@ class autocast:
         self.outer: list[Frame | None] = []
 
     def __enter__(self) -> None:
+        if _active.put_off is not None:
+            settle()
         self.outer.append(_active.frame)
         _active.frame = self.frame
 
@@ -169,7 +177,12 @@ def fp8_autocast(
 def _leave(frame: Frame, *, keep: bool) -> None:
     if keep:
         _active.group = frame.group
-    update_forward(_layers, keep=keep, group=frame.group)
+    if keep and _active.held:
+        settle()
+        _active.put_off = (list(_layers), frame.group)
+        _finish()
+    else:
+        update_forward(_layers, keep=keep, group=frame.group)
 
 
 def differentiated_once(gradients_of: Callable[..., tuple[Any, ...]], *arguments: Any) -> tuple[Any, ...]:
@@ -192,19 +205,35 @@ def differentiated_once(gradients_of: Callable[..., tuple[Any, ...]], *arguments
 
 
 def update_forward(layers: Iterable[Scaled], *, keep: bool, group: Any = None) -> None:
-    """Update the forward scales of layers whose pass has ended; keep: whether it was one of training, else its amaxes are dropped."""
-    if keep:
-        _reduce(layers, backward=False, group=group)
-    for layer in layers:
-        if keep:
-            layer.update_forward()
-        else:
+    """Update the forward scales of layers whose pass has ended; keep: whether it was one of training, else its amaxes are dropped.
+
+    Where there are other ranks, the backward pass that follows does it, or whatever comes before it: one collective serves both.
+    """
+    if not keep:
+        for layer in layers:
             layer.forget_forward()
+        return
+    settle()
+    _active.put_off = (list(layers), group)
+    if not has_ranks(group):
+        settle()
+
+
+@torch.compiler.disable
+def settle() -> None:
+    """Move the forward scales that were put off, once ranks have agreed on them."""
+    put_off, _active.put_off = _active.put_off, None
+    if put_off is None:
+        return
+    layers, group = put_off
+    _reduce(_rows(layers, backward=False, group=group), group)
+    for layer in layers:
+        layer.update_forward()
 
 
 def update_alone(layer: Scaled) -> None:
     """Update the forward scales of one layer that ran outside any `autocast`."""
-    _reduce([layer], backward=False, group=None)
+    _reduce(_rows([layer], backward=False, group=None), None)
     layer.update_forward()
 
 
@@ -214,7 +243,9 @@ def update_after_backward(layer: Scaled | None) -> None:
     if task == -1:
         return
     if _active.updating != task:
-        _active.updating, _active.took_part = task, {}
+        _active.updating = task
+        if not _active.held:
+            _active.took_part = {}
         torch.autograd.Variable._execution_engine.queue_callback(_end_backward)
     if layer is None:
         _active.took_part = None
@@ -223,9 +254,29 @@ def update_after_backward(layer: Scaled | None) -> None:
 
 
 def _end_backward() -> None:
-    alone = not _reduce(_layers, backward=True, group=_active.group)
+    """Move the backward scales, unless the passes of micro-batches, in one block, are to count as one."""
+    frame = _active.frame
+    if frame is not None and frame.enabled:
+        _active.held = True
+    else:
+        _finish()
+
+
+def _finish() -> None:
+    """Move forward scales that were put off and backward scales, after one collective for both."""
+    group, put_off, _active.held = _active.group, _active.put_off, False
+    if put_off is not None and put_off[1] is not group:
+        settle()
+        put_off = None
+    forward = _rows(put_off[0], backward=False, group=group) if put_off is not None else []
+    backward = _rows(_layers, backward=True, group=group)
+    _reduce([*forward, *backward], group)
+    if put_off is not None:
+        _active.put_off = None
+        for layer in put_off[0]:
+            layer.update_forward()
     layers, _active.took_part = _active.took_part, None
-    for layer in list(_layers) if layers is None or not alone else layers:
+    for layer in list(_layers) if layers is None or has_ranks(group) else layers:
         layer.update_backward()
 
 
@@ -235,18 +286,20 @@ def has_ranks(group: Any = None) -> bool:
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size(group) > 1
 
 
-def _reduce(layers: Iterable[Scaled], *, backward: bool, group: Any) -> bool:
-    """The maximum over all ranks of each layer's new amaxes, in place, in one collective; whether there are other ranks."""
+def _rows(layers: Iterable[Scaled], *, backward: bool, group: Any) -> list[torch.Tensor]:
+    """The new amaxes that ranks share, in the order the layers were made, which is the same on every rank; none of a rank alone."""
     if not has_ranks(group):
-        return False
-    distributed = torch.distributed
-    # In the order the layers were made, which is the same on every rank.
+        return []
     in_order = sorted(layers, key=lambda layer: (layer.serial, layer.name))
-    rows = [row for layer in in_order for row in layer.rows_to_reduce(backward=backward)]
+    return [row for layer in in_order for row in layer.rows_to_reduce(backward=backward)]
+
+
+def _reduce(rows: list[torch.Tensor], group: Any) -> None:
+    """The maximum over all ranks, in place, in one collective."""
     if not rows:
-        return True
+        return
+    distributed = torch.distributed
     together = torch.cat(rows)
     distributed.all_reduce(together, op=distributed.ReduceOp.MAX, group=group)
     for row, reduced in zip(rows, together.split([row.numel() for row in rows]), strict=True):
         row.copy_(reduced)
-    return True

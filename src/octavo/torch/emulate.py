@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from octavo.diagnose.dumps import Dumps
 from octavo.diagnose.records import Writer
 from octavo.formats import Format
+from octavo.patterns import Patterns, chosen
 from octavo.recipes import Recipe, get_recipe
 from octavo.torch import context
-from octavo.torch.choosing import Patterns, check_optimizer, chosen, output_uncast, scaler_of
+from octavo.torch.choosing import check_optimizer, output_uncast, scaler_of
 from octavo.torch.interception import Interception
 from octavo.torch.loss_scaling import LossScaler
 from octavo.torch.masters import round_masters
@@ -284,6 +285,8 @@ class Emulation:
             raise ValueError(
                 "torch.func's transforms (grad, vmap) do not see how an emulated model is cast; use backward(), or remove() the emulation"
             )
+        if not context.in_backward():
+            context.settle()
         keep = False
         try:
             with mode:
