@@ -7,7 +7,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/pytorch.md", "docs/emulation.md", "docs/jax.md", "docs/numerics.md", "docs/validate.md", "docs/compile.md")
+PAGES = (
+    "README.md",
+    "docs/pytorch.md",
+    "docs/emulation.md",
+    "docs/jax.md",
+    "docs/numerics.md",
+    "docs/validate.md",
+    "docs/compile.md",
+    "docs/runs.md",
+    "docs/scaling.md",
+)
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -117,10 +117,11 @@ def test_adam_under_delayed_scaling_stays_as_near_as_pytorch_stays_to_itself(dig
     assert np.abs(np.array(found) / wanted - 1).max() <= 3 * max(apart)
 
 
-def test_micro_batches_move_delayed_scales_once(digits: Dataset) -> None:
-    # PyTorch's backward scales move after each micro-batch: here they are those of a whole batch, and so are the losses.
+@pytest.mark.parametrize("micro", [1, 4])
+def test_micro_batches_move_delayed_scales_once(digits: Dataset, micro: int) -> None:
+    """In either framework: the scales and losses of four micro-batches are those of the whole batch."""
     ours = JaxLearner(config("delayed_scaling", optimizer=SGD | {"grad_accum_steps": 4}), digits)
-    _, theirs = pair(digits, "delayed_scaling")
+    _, theirs = pair(digits, "delayed_scaling", optimizer=SGD | {"grad_accum_steps": micro})
     np.testing.assert_allclose(run(ours, range(STEPS)), run(theirs, range(STEPS)), rtol=1e-3)
     found, wanted = ours.snapshot().tensors, theirs.snapshot().tensors
     names = [name for name in found if "scale_" in name or "history" in name]

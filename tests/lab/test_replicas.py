@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -57,9 +58,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize(
     ("replicas", "precision", "tolerance", "more"),
     [
-        (2, "fp32", 1e-5, []),
         (2, "fp32", 1e-5, ["optimizer.grad_accum_steps", "2"]),
-        (2, "fp32", 1e-5, ["runconfig.parallel", "fsdp2"]),
         (2, "delayed_scaling", 1e-4, []),
         (2, "delayed_scaling", 1e-4, ["runconfig.parallel", "fsdp2"]),
         (4, "fp32", 1e-5, []),
@@ -75,6 +74,23 @@ def test_replicas_follow_one(
     for place, loss in mine.items():
         assert loss == pytest.approx(theirs[place], rel=tolerance), place
     assert weights(folder).keys() == weights(alone[precision]).keys()
+
+
+def test_two_agents_as_on_two_machines_train_one_run(alone: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d"]
+    agent += [f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=octavo", "--max-restarts=3", "--module"]
+    train = [*command(folder, "precision", "delayed_scaling", "runconfig.num_replicas", "2")[2:]]
+    agents = [
+        subprocess.Popen([*agent, *train], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    told = [process.communicate(timeout=300)[1] for process in agents]
+    assert [process.returncode for process in agents] == [0, 0], told
+    for place, loss in losses(alone["delayed_scaling"]).items():
+        assert losses(folder)[place] == pytest.approx(loss, rel=1e-4), place
 
 
 SCALES = """

@@ -29,6 +29,7 @@ for step in range(3):
             sometimes(torch.full((2, 4), 7.0))
     y.backward(torch.full((2, 4), 2.0 + rank))
     alone(torch.full((2, 4), 1.0 + rank))
+layer.state_dict()  # by then the scales have moved
 print(json.dumps([layer.scale_forward.tolist(), layer.scale_backward.tolist(), layer.amax_history_forward[:, 0].tolist(),
     alone.scale_forward.tolist(), sometimes.amax_history_forward[:1].tolist()]))
 dist.destroy_process_group()

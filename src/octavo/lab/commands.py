@@ -31,11 +31,11 @@ def run(
 ) -> int:
     """Train or evaluate; the exit code.  command: the script with its arguments, which torchrun starts for each of several replicas."""
     path = None if checkpoint_path is None else Path(checkpoint_path)
+    if mode is Mode.EVAL:
+        evaluate(config.alone(), checkpoint_path=path)
+        return 0
     if config.runconfig.num_replicas > 1 and config.backend is Backend.TORCH and not is_replica():
         return launch(config.runconfig.num_replicas, command)
-    if mode is Mode.EVAL:
-        evaluate(config, checkpoint_path=path)
-        return 0
     if is_replica():
         end(guarded(lambda: train(config, mode=mode, checkpoint_path=path, resume=resume)))
     return train(config, mode=mode, checkpoint_path=path, resume=resume)

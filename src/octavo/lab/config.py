@@ -93,7 +93,7 @@ class Config(Section):
 
     def resolved(self) -> dict[str, Any]:
         """Every key with its value, plain: what the file beside the run says, and what reads back as this."""
-        return {name: value for name, value in self.model_dump(mode="json").items() if value is not None}
+        return self.model_dump(mode="json", exclude_none=True)
 
     @property
     def deciding(self) -> dict[str, Any]:
@@ -106,6 +106,10 @@ class Config(Section):
     def hash(self) -> str:
         """SHA-256 of `deciding`."""
         return hashlib.sha256(json.dumps(self.deciding, sort_keys=True).encode()).hexdigest()
+
+    def alone(self) -> Config:
+        """The same with one replica."""
+        return self.model_copy(update={"runconfig": self.runconfig.model_copy(update={"num_replicas": 1})})
 
     @property
     def folder(self) -> Path:

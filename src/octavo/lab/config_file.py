@@ -127,7 +127,9 @@ def _place(newer: bool, key: str) -> tuple[str, ...]:
     """Where a setting of the command line stands in the file."""
     if not newer:
         return "runconfig", key
-    return ("trainer", "init", key) if key in ("model_dir", "seed") else ("trainer", "init", "loop", key)
+    return (
+        ("trainer", "init", key) if key in ("model_dir", "seed", "num_replicas") else ("trainer", "init", "loop", key)
+    )
 
 
 _NEWER = {
@@ -156,7 +158,12 @@ def _line(error: ValidationError, newer: bool) -> str:
     if first["type"] == "value_error":
         return message if not key or message.startswith(key) else f"{key}: {message}"
     got = first["input"]
-    kind = message.removeprefix("Input ").replace("a valid", "a").replace("valid ", "")
+    kind = (
+        message.removeprefix("Input ")
+        .replace("a valid", "a")
+        .replace("valid ", "")
+        .replace(" a integer", " an integer")
+    )
     return f"{key} {kind[0].lower()}{kind[1:]}, got {got!r} ({type(got).__name__}); correct the value"
 
 

@@ -41,7 +41,7 @@ def start(model: Model, seed: int) -> dict[str, npt.NDArray[np.float32]]:
             return initial_weights(ModelName.MLP, seed)
         case ModelKind.TRANSFORMER:
             raise ValueError(
-                "model.name: transformer is for octavo validate and octavo compile; the lab's data are images"
+                "model.name: transformer is for octavo validate and octavo compile, as the lab's data are images; name another to train"
             )
         case ModelKind.FC_MNIST:
             weights: dict[str, npt.NDArray[np.float32]] = {}

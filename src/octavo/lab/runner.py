@@ -23,6 +23,7 @@ from octavo.lab.board import Board
 from octavo.lab.config import Config
 from octavo.lab.data import Dataset
 from octavo.lab.learner import Learner, Order, Update, fingerprint, images, in_batches
+from octavo.lab.networks import start
 from octavo.lab.replicas import gone_replicas, is_first, is_replica, restarts
 from octavo.lab.run_folder import MetricKind, RunFolder, RunState, Status
 from octavo.lab.schedules import rate
@@ -58,6 +59,7 @@ class Resume(enum.Enum):
 
 def make_learner(config: Config, data: Dataset, report: Callable[[str], None] = print) -> Learner:
     """The network, its optimizer and its data in the framework that the configuration names."""
+    start(config.model, config.runconfig.seed)  # raises ValueError for a network that images do not train
     match config.backend:
         case Backend.TORCH:
             from octavo.lab.replicas import World

@@ -193,6 +193,8 @@ class Model(Section):
         if self.name in (ModelKind.CNN, ModelKind.MLP):
             foreign = others | stack | {"depth", "hidden_size", "dropout", "disable_softmax"}
         for key in sorted(foreign & self.model_fields_set):
+            if getattr(self, key) == type(self).model_fields[key].default:
+                continue
             raise ValueError(f"{key} means nothing to name: {self.name.value}; remove it")
         if self.name is ModelKind.TRANSFORMER and self.hidden_size % (self.num_heads or 1):
             raise ValueError(

@@ -70,13 +70,36 @@ class _Active(threading.local):
     """The layers that took part in it; None where they are not known, in compiled code."""
     group: Any = None
     """The process group of the last `autocast` left, for the backward pass that follows it."""
-    put_off: tuple[list[Scaled], Any] | None = None
-    """Layers whose forward scales are yet to move, and their process group: ranks agree on them with those of the backward pass."""
     held: bool = False
     """Whether a backward pass ended inside the block that is still open: its scales move when that is left."""
 
 
+@dataclass(slots=True)
+class _Between:
+    """What ranks have put off, so that one collective a step is enough and overlaps with what follows the backward pass.
+
+    Not of a thread: a backward pass on a GPU ends in a thread of its own.
+    """
+
+    forward: tuple[list[Scaled], Any] | None = None
+    """Layers whose forward scales are yet to move, and their process group."""
+    agreeing: _Agreement | None = None
+    """The collective that is under way."""
+
+
+@dataclass(slots=True)
+class _Agreement:
+    """The maxima of `rows` over ranks, in `together` once `work` is done; then the layers' scales move."""
+
+    work: Any
+    together: torch.Tensor
+    rows: list[torch.Tensor]
+    forward: list[Scaled]
+    backward: list[Scaled]
+
+
 _active = _Active()
+_between = _Between()
 _layers: weakref.WeakSet[Scaled] = weakref.WeakSet()
 
 
@@ -149,7 +172,7 @@ class autocast:
         self.outer: list[Frame | None] = []
 
     def __enter__(self) -> None:
-        if _active.put_off is not None:
+        if _between.forward is not None or _between.agreeing is not None:
             settle()
         self.outer.append(_active.frame)
         _active.frame = self.frame
@@ -179,7 +202,7 @@ def _leave(frame: Frame, *, keep: bool) -> None:
         _active.group = frame.group
     if keep and _active.held:
         settle()
-        _active.put_off = (list(_layers), frame.group)
+        _between.forward = (list(_layers), frame.group)
         _finish()
     else:
         update_forward(_layers, keep=keep, group=frame.group)
@@ -207,32 +230,43 @@ def differentiated_once(gradients_of: Callable[..., tuple[Any, ...]], *arguments
 def update_forward(layers: Iterable[Scaled], *, keep: bool, group: Any = None) -> None:
     """Update the forward scales of layers whose pass has ended; keep: whether it was one of training, else its amaxes are dropped.
 
-    Where there are other ranks, the backward pass that follows does it, or whatever comes before it: one collective serves both.
+    Where there are other ranks, the backward pass that follows does it, or whatever comes before it: one collective serves both, and scales
+    have moved when the layers run again or their state is read (`state_dict`).
     """
     if not keep:
         for layer in layers:
             layer.forget_forward()
-        return
-    settle()
-    _active.put_off = (list(layers), group)
-    if not has_ranks(group):
+    elif has_ranks(group):
         settle()
+        _between.forward = (list(layers), group)
+    else:
+        for layer in layers:
+            layer.update_forward()
 
 
 @torch.compiler.disable
 def settle() -> None:
-    """Move the forward scales that were put off, once ranks have agreed on them."""
-    put_off, _active.put_off = _active.put_off, None
-    if put_off is None:
-        return
-    layers, group = put_off
-    _reduce(_rows(layers, backward=False, group=group), group)
-    for layer in layers:
-        layer.update_forward()
+    """Move the scales that ranks have put off; nothing, of a process alone."""
+    _conclude()
+    forward, _between.forward = _between.forward, None
+    if forward is not None:
+        layers, group = forward
+        _reduce(_rows(layers, backward=False, group=group), group)
+        _move(layers, [])
+
+
+def _conclude() -> None:
+    """Wait for the collective that is under way, and move the scales that it was for."""
+    agreeing, _between.agreeing = _between.agreeing, None
+    if agreeing is not None:
+        agreeing.work.wait()
+        _hand_out(agreeing.together, agreeing.rows)
+        _move(agreeing.forward, agreeing.backward)
 
 
 def update_alone(layer: Scaled) -> None:
     """Update the forward scales of one layer that ran outside any `autocast`."""
+    settle()
     _reduce(_rows([layer], backward=False, group=None), None)
     layer.update_forward()
 
@@ -264,19 +298,28 @@ def _end_backward() -> None:
 
 def _finish() -> None:
     """Move forward scales that were put off and backward scales, after one collective for both."""
-    group, put_off, _active.held = _active.group, _active.put_off, False
-    if put_off is not None and put_off[1] is not group:
+    _conclude()
+    group, _active.held = _active.group, False
+    if _between.forward is not None and _between.forward[1] is not group:
         settle()
-        put_off = None
-    forward = _rows(put_off[0], backward=False, group=group) if put_off is not None else []
-    backward = _rows(_layers, backward=True, group=group)
-    _reduce([*forward, *backward], group)
-    if put_off is not None:
-        _active.put_off = None
-        for layer in put_off[0]:
-            layer.update_forward()
-    layers, _active.took_part = _active.took_part, None
-    for layer in list(_layers) if layers is None or has_ranks(group) else layers:
+    forward, _between.forward = _between.forward, None
+    before = forward[0] if forward is not None else []
+    took_part, _active.took_part = _active.took_part, None
+    after = list(_layers) if took_part is None or has_ranks(group) else list(took_part)
+    rows = [*_rows(before, backward=False, group=group), *_rows(_layers, backward=True, group=group)]
+    if not rows:
+        _move(before, after)
+        return
+    distributed = torch.distributed
+    together = torch.cat(rows)
+    work = distributed.all_reduce(together, op=distributed.ReduceOp.MAX, group=group, async_op=True)
+    _between.agreeing = _Agreement(work, together, rows, before, after)
+
+
+def _move(forward: Iterable[Scaled], backward: Iterable[Scaled]) -> None:
+    for layer in forward:
+        layer.update_forward()
+    for layer in backward:
         layer.update_backward()
 
 
@@ -298,8 +341,11 @@ def _reduce(rows: list[torch.Tensor], group: Any) -> None:
     """The maximum over all ranks, in place, in one collective."""
     if not rows:
         return
-    distributed = torch.distributed
     together = torch.cat(rows)
-    distributed.all_reduce(together, op=distributed.ReduceOp.MAX, group=group)
+    torch.distributed.all_reduce(together, op=torch.distributed.ReduceOp.MAX, group=group)
+    _hand_out(together, rows)
+
+
+def _hand_out(together: torch.Tensor, rows: list[torch.Tensor]) -> None:
     for row, reduced in zip(rows, together.split([row.numel() for row in rows]), strict=True):
         row.copy_(reduced)

@@ -226,8 +226,13 @@ class ScaledLayer(nn.Module):
                 setattr(self, name, before[name].to(after.device))
         return self
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        context.settle()
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """As torch's, but state is taken in whatever length it comes, and fresh state stands in for what does not come."""
+        context.settle()
         self.progress.steps = None
         with torch.no_grad():
             for name in _PERSISTENT:
