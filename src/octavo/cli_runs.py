@@ -109,12 +109,15 @@ def compile_(
     settings: Setting = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: model.pt2 in the run's folder.")] = None,
     backend: Annotated[str | None, typer.Option(metavar="torch|jax", help="Default: what the file says.")] = None,
+    aot: Annotated[
+        bool, typer.Option("--aot", help="Add machine code by AOTInductor; it needs a C++ compiler.")
+    ] = False,
 ) -> None:
     """Write a training step and inference as graphs that run without this configuration's code."""
     from octavo.lab import commands
 
     overrides = [*(overrides or []), *([] if backend is None else ["backend", backend])]
-    print(commands.compiled(_configured(config, overrides, settings, None), out))
+    print(commands.compiled(_configured(config, overrides, settings, None), out, aot=aot))
 
 
 def runs(folder: Annotated[Path, typer.Argument(help="Where to look, at any depth.")] = Path("runs")) -> None:

@@ -137,7 +137,7 @@ def test_ranks_hold_equal_scales_and_reduce_amaxes_once_a_step(tmp_path: Path) -
 
 
 def test_one_of_two_replicas_is_killed_and_the_job_ends_as_if_not(tmp_path: Path) -> None:
-    precision = ["precision", "delayed_scaling", "runconfig.num_replicas", "2", "runconfig.max_steps", "1200"]
+    precision = ["precision", "delayed_scaling", "runconfig.num_replicas", "2", "runconfig.max_steps", "600"]
     often = [
         *precision,
         "runconfig.checkpoint_steps",
@@ -156,7 +156,7 @@ def test_one_of_two_replicas_is_killed_and_the_job_ends_as_if_not(tmp_path: Path
     )
     assert process.stdout is not None
     for line in process.stdout:
-        if "Step=500 " in line:
+        if "Step=300 " in line:
             break
     killed = replicas_of(process.pid)[-1]
     os.kill(killed, signal.SIGKILL)
@@ -165,7 +165,7 @@ def test_one_of_two_replicas_is_killed_and_the_job_ends_as_if_not(tmp_path: Path
     assert "Resuming from" in rest
     assert (tmp_path / "killed" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
     ends = [
-        load(tmp_path / name / "checkpoints" / "step-00001200.safetensors", framework="torch")[0]
+        load(tmp_path / name / "checkpoints" / "step-00000600.safetensors", framework="torch")[0]
         for name in ("killed", "whole")
     ]
     assert all(torch.equal(ends[0][name], tensor) for name, tensor in ends[1].items())

@@ -392,6 +392,37 @@ def test_a_transformer_is_not_trained_here(lab: Lab) -> None:
     assert "model.name: transformer is for octavo validate and octavo compile" in told
 
 
+def test_runs_are_listed_and_drawn(lab: Lab) -> None:
+    lab.train()
+    lab("train", str(lab.config), "--model-dir", str(lab.folder / "other"), "precision", "mxfp8")
+    table = lab("runs", str(lab.folder)).splitlines()
+    assert {line.split()[0] for line in table[2:]} == {"run", "other"}
+    assert all("finished" in line and "12" in line for line in table[2:])
+    page = lab.folder / "page.html"
+    assert lab("report", str(lab.run), str(lab.folder / "other"), "--out", str(page)) == f"wrote {page}\n"
+    assert "mxfp8" in page.read_text(encoding="utf-8")
+    assert "no run is here" in lab("report", str(lab.folder / "nothing"), code=1)
+
+
+def test_a_configuration_is_validated_and_compiled(lab: Lab) -> None:
+    found = json.loads(lab("validate", str(lab.config), "precision", "delayed_scaling", "--target", "sm90", "--json"))
+    assert found
+    assert "fc1" in lab("validate", str(lab.config))
+    assert "did you mean 'sm90'?" in lab("validate", str(lab.config), "--target", "sm91", code=1)
+    lab.train()
+    out = lab.folder / "model.pt2"
+    told = lab("compile", str(lab.config), "-o", str(out), f"runconfig.model_dir={lab.run}")
+    assert str(out) in told
+    from octavo.lab.compiled import load_compiled
+
+    config = config_file.read(lab.config, model_dir=str(lab.run))
+    learner = make_learner(config, images(config))
+    learner.restore(load(lab.checkpoint(12), framework="torch")[0], None)
+    x = learner.data.test_inputs[:32]  # type: ignore[attr-defined]
+    with torch.no_grad():
+        assert torch.equal(load_compiled(out).infer(x), learner.network.eval()(x))  # type: ignore[attr-defined]
+
+
 def example(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     script = ROOT / "examples" / "fc_mnist" / "run.py"
     return subprocess.run(

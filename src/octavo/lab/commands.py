@@ -62,11 +62,11 @@ def validated(config: Config, target: str, *, json: bool = False) -> str:
     return found.to_json() if json else found.text()
 
 
-def compiled(config: Config, out: str | Path | None = None) -> str:
-    """Writes the compiled graphs, by default into the run's folder; a line that says where."""
+def compiled(config: Config, out: str | Path | None = None, *, aot: bool = False) -> str:
+    """Writes the compiled graphs, by default into the run's folder, and what says so; aot: with machine code for inference, too."""
     from octavo.lab.compiling import compile_config
 
-    return compile_config(config, None if out is None else Path(out))
+    return compile_config(config, None if out is None else Path(out), aot=aot)
 
 
 def guarded(work: Callable[[], int]) -> int:

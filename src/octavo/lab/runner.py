@@ -8,6 +8,7 @@ import enum
 import io
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -149,7 +150,7 @@ def _folder(config: Config, resume: Resume) -> RunFolder:
     there = RunFolder(config.folder)
     if not there.is_run:
         there = RunFolder.create(config.folder)
-    elif resume is Resume.NEVER:
+    elif resume is Resume.NEVER and not restarts():
         raise ValueError(
             f"{config.folder} holds a run already; name another model_dir, or resume it with --resume auto"
         )
@@ -369,9 +370,10 @@ class _Asked:
 
 @contextlib.contextmanager
 def _asked() -> Iterator[_Asked]:
-    """Have SIGTERM and Ctrl-C wait for the end of the update."""
+    """Have SIGTERM and Ctrl-C wait for the end of the update; in a thread, which gets no signals, nothing."""
     asked = _Asked()
-    before = {number: signal.signal(number, asked) for number in (signal.SIGTERM, signal.SIGINT)}
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, asked) for number in (signal.SIGTERM, signal.SIGINT) if main}
     try:
         yield asked
     finally:
