@@ -66,7 +66,7 @@ def validated(name: str, config: str, overrides: list[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    source = load(Source.AUTO).source
+    data = load(Source.AUTO)
     runs = [
         trained(config, precision)
         for config in ("params_500_300.yaml", "params.yaml")
@@ -77,7 +77,11 @@ def main() -> None:
         validated("the reference CNN", "params.yaml", ["model={name: cnn}"]),
         validated("a transformer, 1.3 billion", "transformer_1b.yaml", []),
     ]
-    lines = [f"data: {source}", "", f"{'config':<22} {'precision':<18} {'steps':>6} {'accuracy':>9} {'seconds':>8}"]
+    lines = [
+        f"data: {data.name}, {len(data.train_labels):,} training and {len(data.test_labels):,} test images",
+        "",
+        f"{'config':<22} {'precision':<18} {'steps':>6} {'accuracy':>9} {'seconds':>8}",
+    ]
     lines += [
         f"{run['config']:<22} {run['precision']:<18} {run['steps']:>6} {run['accuracy']:>9.2%} {run['seconds']:>8.1f}"
         for run in runs

@@ -5,13 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import yaml
 
-from octavo.lab import config_file
-from octavo.lab.config import Config
 from octavo.lab.config_file import ConfigError, dump, read, read_text
 from octavo.lab.schedules import rate
-from octavo.lab.sections import Backend, ModelKind, Parallel, PrecisionKind
+from octavo.lab.sections import Backend, Parallel, PrecisionKind
 from octavo.recipes import NAMED, delayed_scaling
 
 CONFIGS = sorted((Path(__file__).parents[2] / "examples" / "fc_mnist" / "configs").glob("*.yaml"))
@@ -243,7 +240,3 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="cannot be read"):
         read(tmp_path / "bytes.yaml")
-    with pytest.raises(ConfigError, match="cannot be written"):
-        config_file.write(Config(), tmp_path / "none" / "config.yaml")
-    config_file.write(Config(), tmp_path / "config.yaml")
-    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["model"]["name"] == ModelKind.FC_MNIST.value

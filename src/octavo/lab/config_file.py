@@ -10,12 +10,11 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from octavo.files import write_whole
 from octavo.lab.config import Config
 from octavo.lab.trainer_file import TrainerFile
 from octavo.names import nearest
 
-__all__ = ["ConfigError", "dump", "read", "read_text", "write"]
+__all__ = ["ConfigError", "dump", "read", "read_text"]
 
 
 class ConfigError(ValueError):
@@ -189,11 +188,3 @@ def dump(config: Config) -> str:
     """The configuration, every key with its value, as YAML that `read_text` takes."""
     text: str = yaml.safe_dump(config.resolved(), sort_keys=False, default_flow_style=None, width=100)
     return text
-
-
-def write(config: Config, path: Path) -> None:
-    """`dump` to a file, whole or not at all.  Raises ConfigError where it cannot be written."""
-    try:
-        write_whole(path, dump(config).encode())
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror}); choose a writable model_dir") from None
