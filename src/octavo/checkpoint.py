@@ -6,12 +6,13 @@ digest of the whole file with zeros in its own place.  Version 1 had no digest.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,15 +66,29 @@ def load(path: str | os.PathLike[str], *, framework: str) -> tuple[dict[str, Any
     safetensors.
     """
     path = Path(path)
+    with _opened(path, framework) as file:
+        version, header = _header(path, file.metadata())
+        _check_digest(path, version)
+        return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 (not a mapping)
+
+
+def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The header alone.  Raises CheckpointError as `load` does, but looks at no tensor."""
+    path = Path(path)
+    with _opened(path, "numpy") as file:
+        return _header(path, file.metadata())[1]
+
+
+@contextlib.contextmanager
+def _opened(path: Path, framework: str) -> Iterator[Any]:
+    """The file as safetensors reads it; what cannot be read within the block is a `CheckpointError`."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint; check the path")
     _safetensors(framework)
     safetensors = importlib.import_module("safetensors")
     try:
         with safetensors.safe_open(path, framework=_MODULES[framework]) as file:
-            version, header = _header(path, file.metadata())
-            _check_digest(path, version)
-            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 (not a mapping)
+            yield file
     except safetensors.SafetensorError as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(
@@ -81,21 +96,6 @@ def load(path: str | os.PathLike[str], *, framework: str) -> tuple[dict[str, Any
         ) from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
-
-
-def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The header alone.  Raises CheckpointError as `load` does, but looks at no tensor."""
-    path, safetensors = Path(path), importlib.import_module("safetensors")
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint; check the path")
-    try:
-        with safetensors.safe_open(path, framework="np") as file:
-            return _header(path, file.metadata())[1]
-    except safetensors.SafetensorError as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(
-            f"{path}: truncated, or not a safetensors file ({reason}); use an earlier checkpoint"
-        ) from None
 
 
 def _place(head: bytes) -> tuple[int, int] | None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeAlias
 
 from octavo.names import nearest
 
-__all__ = ["Patterns", "chosen", "is_in"]
+__all__ = ["Patterns", "chosen", "exempt_among", "is_in"]
 
 Patterns: TypeAlias = Iterable[str | type[Any]]
 """Modules by qualified name, with *, ? and [] as in file names, or by type."""
@@ -38,3 +38,14 @@ def chosen(modules: Mapping[str, Any], patterns: Patterns, what: str, *, inside:
     if inside:
         found.update(name for name in modules if any(is_in(name, top) for top in found))
     return found
+
+
+def exempt_among(layers: Collection[str], patterns: Iterable[str]) -> set[str]:
+    """The linear layers, by name, that patterns exempt.  Raises ValueError for a pattern that fits none."""
+    spared: set[str] = set()
+    for pattern in patterns:
+        fitting = fnmatch.filter(layers, pattern)
+        if not fitting:
+            raise ValueError(f"exempt {pattern!r} fits no linear layer of the model{nearest(pattern, layers)}")
+        spared.update(fitting)
+    return spared

@@ -55,9 +55,8 @@ def validated(config: Config, target: str, *, json: bool = False) -> str:
         inputs = torch.zeros(batch, transformer_sizes(config.model)["max_length"], dtype=torch.int64, device="meta")
     else:
         inputs = torch.zeros(batch, 1, 28, 28, device="meta")
-    exempt = exempt_layers(config.model) if config.exempt is None else config.exempt
     chosen = config.kind.value if config.recipe is None else config.recipe
-    exempt = () if config.recipe is None else tuple(exempt)
+    exempt = () if config.recipe is None else exempt_layers(config.model, config.exempt)
     found = validate(network, (inputs,), chosen, exempt=exempt, target=target, scope=Scope.LINEAR)
     return found.to_json() if json else found.text()
 

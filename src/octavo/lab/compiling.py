@@ -157,7 +157,7 @@ def _network(config: Config) -> tuple[nn.Module, str]:
         torch.manual_seed(config.runconfig.seed)
         network = torch_network(config.model, config.runconfig.seed)
     if config.recipe is not None:
-        convert(network, config.recipe, exempt=exempt_layers(config.model) if config.exempt is None else config.exempt)
+        convert(network, config.recipe, exempt=exempt_layers(config.model, config.exempt))
     tensors, source = _weights(config, "torch")
     if tensors is not None:
         known = network.state_dict()  # a checkpoint of another precision may hold scales that this one has no use for
@@ -340,7 +340,7 @@ def _flax_network(config: Config) -> tuple[Any, Any, str]:
 
     halves = {PrecisionKind.BFLOAT16: jnp.bfloat16, PrecisionKind.FLOAT16: jnp.float16}
     first = start(config.model, config.runconfig.seed)
-    patterns = exempt_layers(config.model) if config.exempt is None else config.exempt
+    patterns = exempt_layers(config.model, config.exempt)
     spared = spared_layers(patterns, first) if config.recipe is not None else ()
     network = network_of(config.model, dtype=halves.get(config.kind, jnp.float32), spared=spared)
     like = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 1, 28, 28)))

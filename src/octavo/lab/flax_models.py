@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, assert_never
@@ -16,7 +15,7 @@ import octavo.jax
 from octavo.lab.models import ModelName, exempt, initial_weights
 from octavo.lab.networks import layers
 from octavo.lab.sections import Activation, Model, ModelKind
-from octavo.names import nearest
+from octavo.patterns import exempt_among
 
 __all__ = ["Network", "Stack", "build", "convolution", "network_of", "spared_layers"]
 
@@ -145,12 +144,7 @@ def spared_layers(patterns: Iterable[str], weights: Mapping[str, Any]) -> tuple[
     weights: a network's parameters by PyTorch's names (`networks.start`).  Raises ValueError for a pattern that fits no dense layer.
     """
     dense = [name.removesuffix(".weight") for name, value in weights.items() if value.ndim == 2]
-    spared: set[str] = set()
-    for pattern in patterns:
-        fitting = fnmatch.filter(dense, pattern)
-        if not fitting:
-            raise ValueError(f"exempt {pattern!r} fits no linear layer of the model{nearest(pattern, dense)}")
-        spared.update(fitting)
+    spared = exempt_among(dense, patterns)
     return tuple(name for name in dense if name in spared)
 
 

@@ -63,7 +63,7 @@ class JaxLearner(Learner):
         spared: tuple[str, ...] = ()
         self.eight_bit: frozenset[str] = frozenset()
         if config.recipe is not None:
-            spared = spared_layers(exempt_layers(config.model) if config.exempt is None else config.exempt, weights)
+            spared = spared_layers(exempt_layers(config.model, config.exempt), weights)
             dense = {name.removesuffix(".weight") for name, value in weights.items() if value.ndim == 2}
             self.eight_bit = frozenset(dense - {*spared})
         self.network = network_of(config.model, dtype=_dtype(config.kind), spared=spared)
@@ -274,11 +274,8 @@ def _clip(config: Config) -> optax.GradientTransformation:
 
 def _ready(config: Config, data: Dataset) -> Prepared:
     """Images and labels as precision wants them."""
-    ready, half = prepare(data), config.kind is PrecisionKind.FLOAT16
-    train, test = (
-        half if section.to_float16 is None else section.to_float16
-        for section in (config.train_input, config.eval_input)
-    )
+    ready = prepare(data)
+    train, test = (section.halved(config.kind) for section in (config.train_input, config.eval_input))
 
     def rounded(x: Array, chosen: bool) -> Array:
         return x.astype(jnp.float16).astype(jnp.float32) if chosen else x

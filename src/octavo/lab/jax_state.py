@@ -16,12 +16,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import octavo.jax
-from octavo.lab.learner import Snapshot, check_names
+from octavo.lab.learner import MODEL, OPTIMIZER, Snapshot, check_names
 from octavo.lab.sections import OptimizerSection, Parallel
 
 __all__ = ["LossScale", "State", "devices", "placing", "restored", "snapshot"]
 
-MODEL, OPTIMIZER = "model.", "optimizer."
 PATIENCE = 100
 """Skips in a row after which a fixed loss scale is given up."""
 _BUFFERS = ("scale_forward", "scale_backward", "amax_history_forward", "amax_history_backward", "draws")
@@ -159,8 +158,14 @@ class LossScale:
             raise ValueError(
                 f"loss scales are finite, and 0 < floor <= start <= ceiling; got floor={floor}, start={first}, ceiling={ceiling}"
             )
-        interval = options.steps_per_increase or 2000
-        return cls(value=first, floor=floor, ceiling=ceiling, interval=interval, dynamic=dynamic, report=report)
+        return cls(
+            value=first,
+            floor=floor,
+            ceiling=ceiling,
+            interval=options.growth_interval,
+            dynamic=dynamic,
+            report=report,
+        )
 
     def step(self, number: int, *, finite: bool) -> bool:
         """Move the scale after the gradients of step `number`; returns finite, which is whether the step was taken.

@@ -18,6 +18,8 @@ from octavo.lab.sections import Input
 
 __all__ = [
     "FAKE_SAMPLES",
+    "MODEL",
+    "OPTIMIZER",
     "Learner",
     "Order",
     "Rows",
@@ -33,6 +35,8 @@ __all__ = [
 Rows = npt.NDArray[np.int64]
 """The samples of a batch by number: int64 [batch]."""
 FAKE_SAMPLES = 2048
+MODEL, OPTIMIZER = "model.", "optimizer."
+"""How the names of a snapshot's tensors begin: the network's, and the optimizer's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, assert_never
 
@@ -55,8 +55,10 @@ def start(model: Model, seed: int) -> dict[str, npt.NDArray[np.float32]]:
             assert_never(model.name)
 
 
-def exempt_layers(model: Model) -> tuple[str, ...]:
-    """The layers that stay in high precision under a recipe where the file does not say."""
+def exempt_layers(model: Model, chosen: Sequence[str] | None) -> tuple[str, ...]:
+    """The layers that stay in high precision under a recipe: those that the file chose, else the model's own."""
+    if chosen is not None:
+        return tuple(chosen)
     return exempt(ModelName.CNN) if model.name is ModelKind.CNN else ()
 
 

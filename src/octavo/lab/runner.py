@@ -23,7 +23,7 @@ from octavo.lab import config_file
 from octavo.lab.board import Board
 from octavo.lab.config import Config
 from octavo.lab.data import Dataset
-from octavo.lab.learner import Learner, Order, Update, fingerprint, images, in_batches
+from octavo.lab.learner import MODEL, Learner, Order, Update, fingerprint, images, in_batches
 from octavo.lab.networks import start
 from octavo.lab.replicas import gone_replicas, is_first, is_replica, restarts
 from octavo.lab.run_folder import MetricKind, RunFolder, RunState, Status
@@ -168,7 +168,7 @@ def _load(learner: Learner, path: Path, config: Config, *, weights_alone: bool =
     if header.get("kind") != KIND and not weights_alone:
         raise ValueError(f"{path}: holds no run to go on with; give a checkpoint that octavo train wrote")
     if header.get("kind") != KIND:
-        tensors = {f"model.{name}": value for name, value in tensors.items()}
+        tensors = {MODEL + name: value for name, value in tensors.items()}
     if header.get("run_version", VERSION) > VERSION:
         raise ValueError(f"{path}: from a newer octavo, this one reads runs of version {VERSION}; upgrade octavo")
     if not weights_alone and header["backend"] != config.backend.value:

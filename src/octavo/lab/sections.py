@@ -145,6 +145,10 @@ class Input(Section):
             raise ValueError("data_dir and use_fake_data exclude each other; remove one")
         return self
 
+    def halved(self, kind: PrecisionKind) -> bool:
+        """Whether pixels are rounded to float16."""
+        return kind is PrecisionKind.FLOAT16 if self.to_float16 is None else self.to_float16
+
 
 class EvalInput(Input):
     """Images to test on: all of them, in their order, unless the file says otherwise."""
@@ -274,6 +278,11 @@ class OptimizerSection(Section):
         )
         given = {key: value for key in (*keys, "momentum_decay") if (value := getattr(self, key)) is not None}
         return rule(self.optimizer_type, weight_decay_rate=self.weight_decay_rate, **given)
+
+    @property
+    def growth_interval(self) -> int:
+        """After how many clean steps a dynamic loss scale doubles."""
+        return self.steps_per_increase or 2000
 
     @property
     def scale_bounds(self) -> tuple[float, float, float]:

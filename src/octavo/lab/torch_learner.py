@@ -40,8 +40,7 @@ class TorchLearner(Learner):
         self.data = _Data(config, data, world.device)
         self.network = torch_network(config.model, config.runconfig.seed, device=self.device)
         if config.recipe is not None:
-            exempt = exempt_layers(config.model) if config.exempt is None else config.exempt
-            convert(self.network, config.recipe, exempt=exempt)
+            convert(self.network, config.recipe, exempt=exempt_layers(config.model, config.exempt))
         self.model = self._parallel()
         self.parameters = list(self.network.parameters())
         self.optimizer = torch_optimizer(config.optimizer.rule, self.parameters, lr=1.0)
@@ -207,9 +206,7 @@ class _Data:
 
     def __init__(self, config: Config, data: Dataset, device: torch.device) -> None:
         ready = prepare(data)
-        half = config.kind is PrecisionKind.FLOAT16
-        wanted = (config.train_input.to_float16, config.eval_input.to_float16)
-        train, test = (half if choice is None else choice for choice in wanted)
+        train, test = (section.halved(config.kind) for section in (config.train_input, config.eval_input))
         self.train_inputs = _rounded(ready.train_inputs, train).to(device)
         self.test_inputs = _rounded(ready.test_inputs, test).to(device)
         self.train_labels, self.test_labels = ready.train_labels.to(device), ready.test_labels.to(device)
@@ -242,7 +239,7 @@ def loss_scaler(config: Config, device: torch.device, report: Callable[[str], No
             start=first,
             floor=floor,
             ceiling=ceiling,
-            growth_interval=options.steps_per_increase or 2000,
+            growth_interval=options.growth_interval,
             report=report,
         )
     if options.loss_scaling_factor == 1.0:

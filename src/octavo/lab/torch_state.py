@@ -15,12 +15,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from octavo.lab.learner import Snapshot, check_names
+from octavo.lab.learner import MODEL, OPTIMIZER, Snapshot, check_names
 from octavo.torch import LossScaler
 
 __all__ = ["restore", "snapshot"]
-
-MODEL, OPTIMIZER = "model.", "optimizer."
 
 
 def snapshot(

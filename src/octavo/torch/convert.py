@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 import zlib
 from collections.abc import Iterable
@@ -11,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from octavo.names import nearest
+from octavo.patterns import exempt_among
 from octavo.recipes import Recipe
 from octavo.torch import context
 from octavo.torch.linear import Linear
@@ -32,12 +31,7 @@ def convert(model: M, recipe: Recipe | None = None, exempt: Iterable[str] = ()) 
     """
     context.check_recipe(recipe)
     layers = {name: module for name, module in model.named_modules() if type(module) in (nn.Linear, Linear)}
-    spared: set[str] = set()
-    for pattern in exempt:
-        fitting = fnmatch.filter(layers, pattern)
-        if not fitting:
-            raise ValueError(f"exempt {pattern!r} fits no linear layer of the model{nearest(pattern, layers)}")
-        spared.update(fitting)
+    spared = exempt_among(layers, exempt)
     for name, layer in layers.items():
         if name in spared:
             continue
