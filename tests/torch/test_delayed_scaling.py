@@ -218,3 +218,22 @@ def test_layers_left_out_of_a_backward_pass_stay_as_they_are() -> None:
 def test_microbatch_without_a_kept_weight_says_what_to_do() -> None:
     with pytest.raises(ValueError, match="no call with True came before"), ot.autocast():
         ot.Linear(4, 4)(torch.ones(1, 4), is_first_microbatch=False)
+
+
+def test_a_block_that_fails_after_its_backward_pass_leaves_nothing_to_the_next() -> None:
+    recipe = delayed_scaling(amax_history_len=4)
+    layer = ot.Linear(4, 4, recipe=recipe)
+
+    def fails() -> None:
+        with ot.autocast(recipe=recipe):
+            layer(torch.ones(2, 4)).sum().backward()
+            raise RuntimeError("after the backward pass")
+
+    with pytest.raises(RuntimeError, match="after the backward pass"):
+        fails()
+    before = layer.amax_history_backward.clone()
+    with ot.autocast(recipe=recipe):
+        y = layer(torch.ones(2, 4))
+    assert torch.equal(layer.amax_history_backward, before)
+    y.sum().backward()
+    assert not torch.equal(layer.amax_history_backward, before)

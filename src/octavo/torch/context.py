@@ -200,7 +200,8 @@ def fp8_autocast(
 def _leave(frame: Frame, *, keep: bool) -> None:
     if keep:
         _active.group = frame.group
-    if keep and _active.held:
+    held, _active.held = _active.held, False
+    if keep and held:
         settle()
         _between.forward = (list(_layers), frame.group)
         _finish()
@@ -299,7 +300,7 @@ def _end_backward() -> None:
 def _finish() -> None:
     """Move forward scales that were put off and backward scales, after one collective for both."""
     _conclude()
-    group, _active.held = _active.group, False
+    group = _active.group
     if _between.forward is not None and _between.forward[1] is not group:
         settle()
     forward, _between.forward = _between.forward, None
