@@ -40,11 +40,15 @@ bench: $(STAMP) ## the benchmarks, each beside its peers; writes benchmarks/resu
 	$(BIN)/python benchmarks/linear.py
 	$(BIN)/python benchmarks/jax_step.py
 	$(BIN)/python benchmarks/emulate.py
+	$(BIN)/python benchmarks/engine.py
+	$(BIN)/python benchmarks/engine_scaling.py
+	$(BIN)/python benchmarks/speedrun.py
 
 gpu: $(STAMP) ## the tests and benchmarks that need a CUDA device; without one it says so
 	@$(BIN)/python -c "import sys, torch; sys.exit(torch.cuda.is_available())" \
 		&& echo "no CUDA device here: nothing to test or measure" \
-		|| { $(BIN)/python -m pytest tests/gpu && $(BIN)/python benchmarks/gpu.py; }
+		|| { $(BIN)/python -m pytest tests/gpu && $(BIN)/python benchmarks/gpu.py \
+			&& $(BIN)/python benchmarks/gpu_engine.py; }
 
 clean: ## remove the environment and what the tools left
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis runs
