@@ -90,7 +90,7 @@ def compare(
         str | None,
         typer.Option(
             metavar="NAME,...",
-            help="Which arms to run; 'all': one for each recipe too; default: the first five.",
+            help="Which arms to run: torch-..., jax-... or engine-...; 'all' that train the model; default: the first five.",
         ),
     ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Default: by model and number of images.")] = None,
@@ -126,16 +126,16 @@ def _config(
 ) -> CompareConfig:
     """The flags as a config; raises `_UnknownName` with the nearest name."""
     from octavo.lab.arms import ARMS, DEFAULT_ARMS
-    from octavo.lab.compare import CompareConfig
+    from octavo.lab.compare import CompareConfig, arms_for
     from octavo.lab.data import Source
     from octavo.lab.models import ModelName
 
-    chosen = {None: DEFAULT_ARMS, "all": tuple(ARMS)}.get(arms)
+    _require("model", model, (name.value for name in ModelName))
+    chosen = {None: DEFAULT_ARMS, "all": arms_for(ModelName(model))}.get(arms)
     names = chosen if chosen is not None else tuple(name.strip() for name in str(arms).split(",") if name.strip())
     for name in names:
         _require("arm", name, ARMS)
     _require("data set", data, (source.value for source in Source))
-    _require("model", model, (name.value for name in ModelName))
     return CompareConfig(
         source=Source(data),
         model=ModelName(model),

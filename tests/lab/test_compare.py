@@ -45,7 +45,9 @@ def test_the_arms_are_those_that_the_command_promises() -> None:
     assert list(DEFAULT_ARMS) == ["torch-fp32", "torch-bf16", "torch-fp8", "torch-fp8-current", "torch-fp8-infer"]
     jax = [name for name, arm in ARMS.items() if arm.framework is Framework.JAX]
     assert jax == ["jax-fp32", "jax-bf16", "jax-fp8", "jax-fp8-current", "jax-mxfp8"]
-    assert len(ARMS) == len(DEFAULT_ARMS) + len(NAMED) - 2 + len(jax)  # two of the first are recipes
+    engine = [name for name, arm in ARMS.items() if arm.framework is Framework.ENGINE]
+    assert engine == ["engine-manual", "engine-autograd", "engine-fp8"]
+    assert len(ARMS) == len(DEFAULT_ARMS) + len(NAMED) - 2 + len(jax) + len(engine)  # two of the first are recipes
     assert {framework.baseline for framework in Framework} <= set(ARMS)
     assert ARMS["torch-bf16"].mode is Mode.BFLOAT16
     assert {arm.recipe().name for arm in ARMS.values() if arm.recipe is not None} == set(NAMED)

@@ -218,7 +218,7 @@ def test_a_read_only_folder_is_one_line(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"backend": "engine"}, "not part of this version"),
+        ({"backend": "engine"}, "backend: engine compiles nothing; write backend: torch"),
         ({"backend": "jax", "model": TRANSFORMER}, "write backend: torch"),
         ({"model": TRANSFORMER | {"hidden_size": 4096, "vocab_size": 50_000}}, "up to 100,000,000 parameters"),
         ({"precision": "mxfp8", "exempt": ["fc9"]}, "fits no linear layer"),

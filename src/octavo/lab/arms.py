@@ -20,11 +20,13 @@ class Framework(enum.Enum):
     """PyTorch, eager."""
     JAX = "jax"
     """JAX and Flax, an epoch compiled as one loop."""
+    ENGINE = "engine"
+    """Octavo's own engine, a step captured once and repeated; networks of linear layers alone."""
 
     @property
     def baseline(self) -> str:
         """The arm that the framework's others are measured against: float32."""
-        return f"{self.value}-fp32"
+        return "engine-autograd" if self is Framework.ENGINE else f"{self.value}-fp32"
 
 
 class Mode(enum.Enum):
@@ -44,13 +46,14 @@ class Mode(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arm:
-    """One row of the comparison; `recipe` is given for the modes that cast."""
+    """One row of the comparison; `recipe` is given for the modes that cast; by_hand: gradients are written out (the engine alone)."""
 
     name: str
     description: str
     mode: Mode
     recipe: Callable[[], Recipe] | None = None
     framework: Framework = Framework.TORCH
+    by_hand: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,6 +147,29 @@ _JAX = (
     ),
 )
 
+_ENGINE = (
+    Arm(
+        name="engine-manual",
+        description="float32, gradients by hand, Octavo's engine",
+        mode=Mode.FLOAT32,
+        framework=Framework.ENGINE,
+        by_hand=True,
+    ),
+    Arm(
+        name="engine-autograd",
+        description="float32, gradients by autograd, Octavo's engine",
+        mode=Mode.FLOAT32,
+        framework=Framework.ENGINE,
+    ),
+    Arm(
+        name="engine-fp8",
+        description="FP8 with delayed scaling, Octavo's engine",
+        mode=Mode.RECIPE,
+        recipe=delayed_scaling,
+        framework=Framework.ENGINE,
+    ),
+)
+
 
 def _of(recipe: Callable[[], Recipe]) -> Arm:
     """`torch-mxfp8` for `mxfp8`, `torch-bf16-recipe` where the name is taken: trained and tested under that recipe.
@@ -165,6 +191,7 @@ ARMS: Mapping[str, Arm] = MappingProxyType(
             *_FIRST,
             *(_of(make) for make in NAMED.values() if make not in (delayed_scaling, current_scaling)),
             *_JAX,
+            *_ENGINE,
         )
     }
 )

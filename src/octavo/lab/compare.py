@@ -17,7 +17,7 @@ from octavo.lab.models import ModelName
 from octavo.lab.training import DivergenceError, Optimizer, TrainConfig
 from octavo.names import nearest
 
-__all__ = ["CompareConfig", "Comparison", "run"]
+__all__ = ["CompareConfig", "Comparison", "arms_for", "run"]
 
 _SMALL = 10_000
 
@@ -52,6 +52,13 @@ _SETTINGS: Mapping[ModelName, _Settings] = MappingProxyType(
 )
 
 
+def arms_for(model: ModelName) -> tuple[str, ...]:
+    """Every arm that trains that network: the engine has no convolutions."""
+    return tuple(
+        name for name, arm in ARMS.items() if model is not ModelName.CNN or arm.framework is not Framework.ENGINE
+    )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CompareConfig:
     """What to compare; None leaves a setting to the model and the size of the data set."""
@@ -73,6 +80,10 @@ class CompareConfig:
                 raise ValueError(f"unknown arm {name!r}{nearest(name, ARMS) or '; the arms are ' + ', '.join(ARMS)}")
             if self.arms.count(name) > 1:
                 raise ValueError(f"arm {name!r} is named {self.arms.count(name)} times; name each arm once")
+            if name not in arms_for(self.model):
+                raise ValueError(
+                    f"arm {name!r} trains networks of linear layers, and {self.model.value} has convolutions; choose --model mlp, or fc"
+                )
 
     def training(self, samples: int) -> TrainConfig:
         """How each arm trains on `samples` training samples.  Where only `steps` is given, epochs follow from it."""
@@ -182,7 +193,12 @@ def _bench(framework: Framework) -> Callable[..., Bench]:
                 from octavo.lab.jax_bench import JaxBench
 
                 return JaxBench
+            case Framework.ENGINE:
+                from octavo.lab.engine_bench import EngineBench
+
+                return EngineBench
     except ModuleNotFoundError as error:
+        extra = "lab" if framework is Framework.ENGINE else framework.value  # nothing of its own
         raise ValueError(
-            f"the {framework.value} arms need {error.name}, which is not installed; pip install 'octavo[{framework.value}]'"
+            f"the {framework.value} arms need {error.name}, which is not installed; pip install 'octavo[{extra}]'"
         ) from None

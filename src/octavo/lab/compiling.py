@@ -71,7 +71,7 @@ def compile_config(config: Config, out: Path | None = None, *, aot: bool = False
                 raise ValueError("aot=True needs backend: torch, got jax; leave it out: XLA compiles when loaded")
             graphs = _jax_graphs(config)
         case Backend.ENGINE:
-            raise ValueError("backend: engine is not part of this version; write backend: torch, or jax")
+            raise ValueError("backend: engine compiles nothing; write backend: torch, or jax")
         case other:
             assert_never(other)
     manifest = Manifest(

@@ -72,7 +72,9 @@ def make_learner(config: Config, data: Dataset, report: Callable[[str], None] = 
 
             return JaxLearner(config, data, report)
         case Backend.ENGINE:
-            raise ValueError("backend: engine is not part of this version; write backend: torch, or jax")
+            from octavo.lab.engine_learner import EngineLearner
+
+            return EngineLearner(config, data)
         case _:
             assert_never(config.backend)
 
