@@ -17,6 +17,8 @@ PAGES = (
     "docs/compile.md",
     "docs/runs.md",
     "docs/scaling.md",
+    "docs/engine.md",
+    "docs/engine_ops.md",
 )
 
 
