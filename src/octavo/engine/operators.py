@@ -40,14 +40,28 @@ class Operator:
     def __call__(self, *given: Any, **named: Any) -> Any:
         if named or len(given) != len(self.arguments):
             given = bind(self.name, self.arguments, given, named)
-        device = self._checked(given)
-        kernel = self.kernels.get(device)
+        device, flows = None, False
+        for i in self._tensors:
+            value = given[i]
+            if value.__class__ is not Tensor and not isinstance(value, Tensor):
+                self._check_absent(i, value)
+                continue
+            if device is None:
+                device = value.storage.device
+            elif value.storage.device is not device:
+                raise ValueError(
+                    f"{self.name}: {self.arguments[i].name} is on {value.device} and the tensors before it on {device}; move one with "
+                    ".to(...)"
+                )
+            flows = flows or value.requires_grad or value.node is not None
+        kernel = self.kernels.get(device or Device.CPU)
         if kernel is None:
             have = ", ".join(str(one) for one in self.kernels) or "no device"
             raise ValueError(
-                f"{self.name} runs on {have}, and was called on {device}; give it a kernel with Library.impl, or move its tensors"
+                f"{self.name} runs on {have}, and was called on {device or Device.CPU}; give it a kernel with Library.impl, or move its "
+                "tensors"
             )
-        wanted = recording.get() and any(tracked(given[i]) for i in self._tensors)
+        wanted = flows and recording.get()
         if wanted:
             self._check_gradient(given)
         # A kernel may be written in other operators: they leave no nodes, as this call's rule stands for all of them.
@@ -68,24 +82,13 @@ class Operator:
             record(self, given, result)
         return result
 
-    def _checked(self, given: Sequence[Any]) -> Device:
-        """The device that all tensors are on."""
-        device: Device | None = None
-        for i in self._tensors:
-            value, argument = given[i], self.arguments[i]
-            if not isinstance(value, Tensor):
-                if value is None and argument.kind.endswith("?"):
-                    continue
-                raise TypeError(
-                    f"{self.name}: {argument.name} is a Tensor; got {type(value).__name__}: wrap it with engine.from_numpy"
-                )
-            if device is None:
-                device = value.device
-            elif value.device is not device:
-                raise ValueError(
-                    f"{self.name}: {argument.name} is on {value.device} and the tensors before it on {device}; move one with .to(...)"
-                )
-        return device or Device.CPU
+    def _check_absent(self, i: int, value: Any) -> None:
+        """Raise TypeError unless an argument that is no tensor may be None, and is."""
+        argument = self.arguments[i]
+        if value is not None or not argument.kind.endswith("?"):
+            raise TypeError(
+                f"{self.name}: {argument.name} is a Tensor; got {type(value).__name__}: wrap it with engine.from_numpy"
+            )
 
     def _check_gradient(self, given: Sequence[Any]) -> None:
         """Raise ValueError unless gradients can flow back through this call."""

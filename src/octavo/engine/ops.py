@@ -169,8 +169,10 @@ def _linear_backward(grads: Grads, saved: Grads) -> Grads:
     (grad,), (input, weight, bias) = grads, saved[:3]
     flat, rows = (x if x.ndim == 2 else x.reshape(-1, x.shape[-1]) for x in (grad, input))
     tracked = input.requires_grad or input.node is not None
-    grad_input = matmul(flat, weight.T).reshape(*input.shape) if tracked else None
-    return grad_input, matmul(rows.T, flat), None if bias is None else flat.sum(0)
+    grad_input = matmul(flat, weight.detach().T) if tracked else None
+    if grad_input is not None and input.ndim != 2:
+        grad_input = grad_input.reshape(*input.shape)
+    return grad_input, matmul(rows.detach().T, flat), None if bias is None else flat.sum(0)
 
 
 def _linear_relu_backward(grads: Grads, saved: Grads) -> Grads:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ __all__ = ["DTYPES", "Tensor", "empty", "from_dlpack", "from_numpy", "full", "ze
 
 DTYPES = tuple(np.dtype(name) for name in ("float32", "float64", "float16", "int64", "int32", "uint8", "bool"))
 """What a tensor may hold."""
+FLOAT32, _HELD = DTYPES[0], frozenset(DTYPES)
 
 # Operators by name, which `octavo.engine.operators` fills: a tensor's methods call them, and they are written on tensors.
 operators: dict[str, Any] = {}
@@ -223,6 +225,8 @@ class Tensor:
     @property
     def T(self) -> Tensor:
         """The view with its dimensions in reverse order."""
+        if self.node is None and not self.requires_grad:
+            return Tensor(self.storage, self.shape[::-1], self.strides[::-1], self.dtype, self.offset)
         return _call("permute", self, tuple(reversed(range(self.ndim))))
 
     def permute(self, *axes: int) -> Tensor:
@@ -254,6 +258,7 @@ def _as_tensor(value: Any, beside: Any) -> Any:
     return value
 
 
+@functools.lru_cache(maxsize=4096)
 def strides_of(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Those of contiguous memory, in elements."""
     strides, step = [], 1
@@ -265,8 +270,10 @@ def strides_of(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def checked_dtype(dtype: Any) -> np.dtype[Any]:
     """As NumPy's; raises ValueError for one that the engine does not hold."""
+    if dtype.__class__ is np.dtype and dtype in _HELD:
+        return dtype
     found: np.dtype[Any] = np.dtype(dtype)
-    if found not in DTYPES:
+    if found not in _HELD:
         raise ValueError(
             f"a tensor holds {', '.join(str(one) for one in DTYPES)}; got {found}: convert it first (.astype)"
         )
@@ -275,10 +282,11 @@ def checked_dtype(dtype: Any) -> np.dtype[Any]:
 
 def empty(shape: Sequence[int], dtype: npt.DTypeLike = np.float32, *, device: Device | str = Device.CPU) -> Tensor:
     """A contiguous tensor of any content."""
-    shape, kind = tuple(shape), checked_dtype(dtype)
-    if min(shape, default=0) < 0:
+    shape, kind = tuple(shape), FLOAT32 if dtype is np.float32 else checked_dtype(dtype)
+    if shape and min(shape) < 0:
         raise ValueError(f"sizes of a tensor are 0 or more; got shape {list(shape)}")
-    storage = pool(Device(device)).take(math.prod(shape) * kind.itemsize)
+    place = device if device.__class__ is Device else Device(device)
+    storage = pool(place).take(math.prod(shape) * kind.itemsize)
     return Tensor(storage, shape, strides_of(shape), kind)
 
 

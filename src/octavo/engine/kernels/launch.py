@@ -34,11 +34,12 @@ recorder: ContextVar[Recorder | None] = ContextVar("octavo_engine_recorder", def
 class Kernel:
     """A compiled function of (arguments, lane, lanes); layout: of its arguments, as `struct` spells it."""
 
-    __slots__ = ("_address", "_function", "_layout", "name")
+    __slots__ = ("_address", "_block", "_function", "_layout", "name")
 
     def __init__(self, name: str, function: Any, layout: str) -> None:
         self.name, self._function, self._layout = name, function, struct.Struct(layout)
         self._address: int = function.address
+        self._block: Any = ctypes.c_char * self._layout.size
 
     def __call__(self, lanes: int, *arguments: Any, check: Callable[[Any], None] | None = None) -> None:
         """Run on so many lanes and wait; while a step is captured, write the call down and run nothing.
@@ -47,8 +48,7 @@ class Kernel:
         """
         recording = recorder.get()
         # A block of its own for each call: two threads of a program may call at once.
-        block = ctypes.create_string_buffer(self._layout.size)
-        self._layout.pack_into(block, 0, *arguments)
+        block = self._block.from_buffer_copy(self._layout.pack(*arguments))
         address = ctypes.addressof(block)
         if recording is None:
             team().run(self._address, address, lanes)

@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 
 from octavo.engine.kernels.launch import refuse
-from octavo.engine.tensor import Tensor, empty
+from octavo.engine.tensor import FLOAT32, Tensor, empty
 from octavo.kernels import threads
 
 __all__ = ["FLOAT32", "contiguous", "fast", "from_array", "lanes_for", "like"]
 
-FLOAT32 = np.dtype(np.float32)
 _SERIAL = 1 << 15
 """Numbers from which on another thread is worth waking."""
 
@@ -23,9 +22,10 @@ def lanes_for(size: int) -> int:
 
 def fast(*tensors: Tensor) -> bool:
     """Whether the compiled kernels take these: contiguous float32."""
-    return all(one.dtype is FLOAT32 or one.dtype == FLOAT32 for one in tensors) and all(
-        one.is_contiguous for one in tensors
-    )
+    for one in tensors:  # noqa: SIM110 (a generator would cost more than the rest of a small operator's checks)
+        if (one.dtype is not FLOAT32 and one.dtype != FLOAT32) or not one.is_contiguous:
+            return False
+    return True
 
 
 def like(x: Tensor) -> Tensor:

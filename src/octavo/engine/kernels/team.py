@@ -28,8 +28,8 @@ SEQUENCE, DONE, KERNEL, ARGUMENTS, LANES = 0, 8, 16, 17, 18
 HEAD, WORKER, CLAIMED, STATE, SEEN = 24, 16, 0, 8, 9
 """int64 words of a team's memory: a job's, then WORKER words for each thread, on cache lines of their own."""
 AWAKE, ASLEEP = 0, 1
-PATIENCE = 4000
-"""How often a thread looks for work before it sleeps: about 100 microseconds."""
+PATIENCE = 6000
+"""How often a thread looks for work before it sleeps: one or two milliseconds, most of which it leaves to others."""
 LONG = 2000
 """How often a thread that waits for others looks before it gives way: their core may be busy with something else."""
 
@@ -173,6 +173,8 @@ def _serve(memory: int, worker: int, patience: int) -> None:
             continue
         rest()
         idle += 1
+        if idle > LONG:
+            give_way()
         if idle > patience:
             exchange(own + 8 * STATE, ASLEEP)
             late = look(memory + 8 * SEQUENCE) != seen[0]
