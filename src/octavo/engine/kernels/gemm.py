@@ -246,7 +246,8 @@ def product(
     (m, k), n = a.shape, b.shape[1]
     flags = _ADD * add | _BIAS * (bias is not None) | _RELU * relu | _MASK * (mask is not None)
     lanes = threads.count() if m * n * k >= _WORTH else 1
-    if n >= 2 * lanes * COLUMNS or n > m:
+    panels = -(-n // COLUMNS)
+    if panels >= 2 * lanes or (n > m and panels >= lanes):
         flags |= _BY_COLUMNS
     scratch = pool().take(lanes * SCRATCH_BYTES)
     _gemm(
