@@ -59,12 +59,12 @@ def test_the_three_scripts_log_the_same_run(by_hand: list[float]) -> None:
 
 
 def test_a_graph_logs_what_calls_log(by_hand: list[float]) -> None:
-    assert figures("train_manual", "--graph") == by_hand
+    assert figures("train_manual", "--no-graph") == by_hand
 
 
 def test_fp8_learns_as_well_and_the_same_as_a_graph(by_hand: list[float]) -> None:
     found = figures("train_autograd", "--recipe", "delayed_scaling")
-    assert found == figures("train_autograd", "--recipe", "delayed_scaling", "--graph")
+    assert found == figures("train_autograd", "--recipe", "delayed_scaling", "--no-graph")
     assert found != by_hand
     assert found == pytest.approx(by_hand, abs=0.02)
 
@@ -126,7 +126,7 @@ def test_a_bad_flag_is_one_line(case: str, monkeypatch: pytest.MonkeyPatch, caps
     ("flags", "message"),
     [
         (("--recipe", "delayed_scalin"), "no recipe is called 'delayed_scalin'; did you mean 'delayed_scaling'?"),
-        (("--recipe", "mxfp8", "--graph"), "runs in NumPy while a step is captured"),
+        (("--recipe", "mxfp8"), "runs in NumPy while a step is captured"),
     ],
 )
 def test_a_recipe_that_cannot_be_is_one_line(

@@ -1,6 +1,6 @@
 """Train 784-256-10 on MNIST with Octavo's engine, its gradients written by hand: no framework underneath.
 
-python examples/engine_mnist/train_manual.py --graph
+python examples/engine_mnist/train_manual.py
 """
 
 import argparse
@@ -105,7 +105,8 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=int, default=50, help="passes over the training images")
     parser.add_argument("--lr", type=float, default=0.1, help="learning rate")
     parser.add_argument("--seed", type=int, default=1, help="of the weights and batches")
-    parser.add_argument("--graph", action="store_true", help="capture a step once, and run it without Python")
+    help = "capture a step once and run it without Python; else call its operators one by one"
+    parser.add_argument("--graph", action=argparse.BooleanOptionalAction, default=True, help=help)
     parser.add_argument("--data", choices=[s.value for s in Source], default="auto", help="which images")
     try:
         train(parser.parse_args())
