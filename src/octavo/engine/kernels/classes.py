@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from octavo.engine.kernels import rows
+from octavo.engine.kernels import checks, rows
 from octavo.engine.kernels.launch import refuse
 from octavo.engine.kernels.memory import contiguous, fast, from_array, lanes_for, like
 from octavo.engine.storage import pool
@@ -21,10 +21,7 @@ def softmax(logarithm: bool) -> Callable[[Tensor], Tensor]:
     name = "octavo::log_softmax" if logarithm else "octavo::softmax"
 
     def run(x: Tensor) -> Tensor:
-        if x.ndim == 0 or x.shape[-1] == 0:
-            raise ValueError(
-                f"{name} is along the last dimension; a tensor of shape {list(x.shape)} has none, or nothing there"
-            )
+        checks.last_dimension(name, x)
         _floating(name, x)
         x = contiguous(x)
         out, columns = like(x), x.shape[-1]
@@ -47,33 +44,14 @@ def _floating(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} takes floating-point scores; got {x.dtype}: convert them with .astype(numpy.float32)")
 
 
-def _labels(name: str, logits: Tensor, labels: Tensor) -> Tensor:
-    if logits.ndim != 2 or labels.shape != logits.shape[:1] or logits.size == 0:
-        raise ValueError(
-            f"{name} takes logits [N, classes] and labels [N]; got {list(logits.shape)} and {list(labels.shape)}"
-        )
-    if labels.dtype != np.int64 or not labels.is_contiguous:
-        gaps = "" if labels.is_contiguous else " with gaps"
-        raise ValueError(
-            f"{name}: labels are contiguous int64; got {labels.dtype}{gaps}: convert them with numpy.ascontiguousarray(labels, numpy.int64)"
-        )
-    return labels
-
-
 def _checked_labels(classes: int) -> Callable[[Any], None]:
     def check(block: Any) -> None:
         place, label = struct.unpack_from("<2q", block, 72)
         if place:
             struct.pack_into("<q", block, 72, 0)
-            raise _bad_label(label, place - 1, classes)
+            raise checks.bad_label(label, place - 1, classes)
 
     return check
-
-
-def _bad_label(label: int, place: int, classes: int) -> ValueError:
-    return ValueError(
-        f"octavo::cross_entropy: label {place} is {label}, and {classes} classes are 0 to {classes - 1}; correct it"
-    )
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -94,7 +72,8 @@ def _losses(
     name: str, logits: Tensor, labels: Tensor, upstream: Tensor | None, *, loss: bool, gradient: bool
 ) -> tuple[Any, Any]:
     """The mean loss, and its gradient by the logits times `upstream`, each where asked for."""
-    logits, labels = contiguous(logits), _labels(name, logits, labels)
+    checks.labels(name, logits, labels)
+    logits = contiguous(logits)
     count, classes = logits.shape
     _floating(name, logits)
     if upstream is not None and (upstream.size, upstream.dtype) != (1, logits.dtype):
@@ -129,7 +108,7 @@ def _losses_by_numpy(logits: Any, labels: Any, upstream: Tensor | None) -> tuple
     count, classes = logits.shape
     wrong = np.flatnonzero((labels < 0) | (labels >= classes))
     if wrong.size:
-        raise _bad_label(int(labels[wrong[0]]), int(wrong[0]), classes)
+        raise checks.bad_label(int(labels[wrong[0]]), int(wrong[0]), classes)
     with np.errstate(all="ignore"):
         less = logits - logits.max(1, keepdims=True)
         logs = less - np.log(np.exp(less).sum(1, keepdims=True))
@@ -141,10 +120,7 @@ def _losses_by_numpy(logits: Any, labels: Any, upstream: Tensor | None) -> tuple
 
 
 def argmax(x: Tensor) -> Tensor:
-    if x.ndim == 0 or x.shape[-1] == 0:
-        raise ValueError(
-            f"octavo::argmax is along the last dimension; a tensor of shape {list(x.shape)} has none, or nothing there"
-        )
+    checks.last_dimension("octavo::argmax", x)
     x = contiguous(x)
     out = empty(x.shape[:-1], np.int64)
     if fast(x):

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from octavo.engine.kernels import elements, gemm, rows
+from octavo.engine.kernels import checks, elements, gemm, rows
 from octavo.engine.kernels.classes import argmax, cross_entropy, cross_entropy_both, cross_entropy_gradient, softmax
 from octavo.engine.kernels.launch import refuse
 from octavo.engine.kernels.memory import FLOAT32, contiguous, fast, from_array, lanes_for, like
@@ -71,8 +71,7 @@ def _unary(ufunc: Any) -> Callable[[Tensor], Tensor]:
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    if a.ndim < 2 or b.ndim < 2 or a.shape[-1] != b.shape[-2]:
-        raise ValueError(f"octavo::matmul multiplies [.., M, K] by [.., K, N]; got {list(a.shape)} and {list(b.shape)}")
+    checks.matmul(a, b)
     return _product(a, b)
 
 
@@ -104,10 +103,7 @@ def _product(
 
 
 def _add_matmul(c: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
-    if not (a.ndim == b.ndim == c.ndim == 2 and a.shape[1] == b.shape[0] and c.shape == (a.shape[0], b.shape[1])):
-        raise ValueError(
-            f"octavo::add_matmul_ adds [M, K] @ [K, N] to [M, N]; got {list(a.shape)}, {list(b.shape)} and {list(c.shape)}"
-        )
+    checks.add_matmul(c, a, b)
     if a.dtype == b.dtype == c.dtype == FLOAT32 and c.strides[1] == 1:
         gemm.product(a, b, c, alpha=alpha, add=True)
     else:
@@ -116,14 +112,7 @@ def _add_matmul(c: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None, *, relu: bool = False) -> Tensor:
-    if weight.ndim != 2 or input.ndim < 2 or input.shape[-1] != weight.shape[0]:
-        raise ValueError(
-            f"octavo::linear multiplies [.., I] by [I, O]; got {list(input.shape)} and {list(weight.shape)}"
-        )
-    if bias is not None and (bias.shape != weight.shape[1:] or bias.dtype != weight.dtype or not bias.is_contiguous):
-        raise ValueError(
-            f"octavo::linear adds a contiguous bias [{weight.shape[1]}] of {weight.dtype}; got {list(bias.shape)} of {bias.dtype}"
-        )
+    checks.linear(input, weight, bias)
     flat = input if input.ndim == 2 else _reshape(input, (-1, input.shape[-1]))
     out = _product(flat, weight, bias=bias, relu=relu)
     return out if input.ndim == 2 else _reshape(out, (*input.shape[:-1], weight.shape[1]))
@@ -134,11 +123,7 @@ def _linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _masked_matmul(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0] or mask.shape != (a.shape[0], b.shape[1]):
-        raise ValueError(
-            f"octavo::masked_matmul keeps [M, K] @ [K, N] where a mask [M, N] is positive; got {list(a.shape)}, {list(b.shape)} and "
-            f"{list(mask.shape)}"
-        )
+    checks.masked_matmul(a, b, mask)
     return _product(a, b, mask=contiguous(mask))
 
 
@@ -154,10 +139,7 @@ def _relu(x: Tensor) -> Tensor:
 
 
 def _relu_gradient(gradient: Tensor, x: Tensor) -> Tensor:
-    if gradient.shape != x.shape:
-        raise ValueError(
-            f"octavo::relu_gradient takes two tensors of one shape; got {list(gradient.shape)} and {list(x.shape)}"
-        )
+    checks.same_shape(gradient, x)
     gradient, x = contiguous(gradient), contiguous(x)
     out = like(gradient)
     if fast(gradient, x):
@@ -174,8 +156,7 @@ def _sum(x: Tensor, axis: int | None) -> Tensor:
         rows.column_sums(lanes_for(x.size // 4), x.address, out.address, *x.shape, 4 * x.strides[0])
         return out
     refuse("this sum runs in NumPy (float32 matrices down their columns run compiled)")
-    if axis is not None and not -x.ndim <= axis < x.ndim:
-        raise ValueError(f"octavo::sum: a tensor of shape {list(x.shape)} has no dimension {axis}")
+    checks.sum_axis(x, axis)
     return from_array(np.sum(x.array, axis=axis, dtype=x.dtype))
 
 
@@ -220,10 +201,7 @@ def _index(x: Tensor, key: Any) -> Tensor:
 
 
 def _take_rows(x: Tensor, numbers: Tensor) -> Tensor:
-    if x.ndim == 0 or numbers.ndim != 1 or numbers.dtype != np.int64 or not numbers.is_contiguous:
-        raise ValueError(
-            f"octavo::take_rows takes [rows, ..] and contiguous int64 [N]; got {list(x.shape)} and {numbers.dtype} {list(numbers.shape)}"
-        )
+    checks.take_rows(x, numbers)
     x = contiguous(x)
     out = empty((numbers.size, *x.shape[1:]), x.dtype)
     size = out.size // max(1, numbers.size) * x.dtype.itemsize
@@ -232,9 +210,7 @@ def _take_rows(x: Tensor, numbers: Tensor) -> Tensor:
         place, number = struct.unpack_from("<2q", block, 48)
         if place:
             struct.pack_into("<q", block, 48, 0)
-            raise ValueError(
-                f"octavo::take_rows: number {place - 1} is {number}, and x has {x.shape[0]} rows, from 0; correct it"
-            )
+            raise checks.bad_row(place - 1, number, x.shape[0])
 
     rows.take_rows(
         lanes_for(out.size), x.address, x.shape[0], size, numbers.address, numbers.size, out.address, 0, 0, check=check
@@ -256,16 +232,6 @@ def _copy(target: Tensor, source: Tensor) -> None:
         np.copyto(target.array, source.array)
 
 
-def _updated(name: str, weight: Tensor, *others: Tensor | None) -> None:
-    """Raise ValueError unless all have the weight's shape and are contiguous float32."""
-    for one in (weight, *others):
-        if one is not None and (one.shape != weight.shape or not fast(one)):
-            raise ValueError(
-                f"{name} takes contiguous float32 tensors of one shape; got {one.dtype} {list(one.shape)} beside {list(weight.shape)}; "
-                "convert them first"
-            )
-
-
 def _rate(rate: Any) -> tuple[float, int]:
     """A learning rate as the kernels take it: a number, or the address of one in memory."""
     if not isinstance(rate, Tensor):
@@ -281,11 +247,7 @@ def _sgd(
     weight: Tensor, gradient: Tensor, velocity: Tensor | None, rate: Any, momentum: float, decay: float, nesterov: bool
 ) -> None:
     gradient = contiguous(gradient)
-    _updated("octavo::sgd_", weight, gradient, velocity)
-    if (momentum != 0) != (velocity is not None):
-        raise ValueError("octavo::sgd_ keeps its momentum in velocity: give both, or neither")
-    if nesterov and velocity is None:
-        raise ValueError("octavo::sgd_: nesterov=True looks ahead along the momentum; give momentum and velocity too")
+    checks.sgd(weight, gradient, velocity, momentum, nesterov)
     speed = 0 if velocity is None else velocity.address
     elements.sgd(
         lanes_for(weight.size),
@@ -313,9 +275,7 @@ def _adam(
     decay: float,
 ) -> None:
     gradient = contiguous(gradient)
-    _updated("octavo::adam_", weight, gradient, first, second)
-    if steps.size != 1 or not fast(steps):
-        raise ValueError(f"octavo::adam_: steps is one float32 number; got {steps.dtype} {list(steps.shape)}")
+    checks.adam(weight, gradient, first, second, steps)
     elements.arithmetic(1, steps.address, _ONE.address, steps.address, 1, 0, 1)
     moments = weight.address, gradient.address, first.address, second.address
     elements.adam(

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from octavo.engine.kernels import checks
 from octavo.engine.kernels import cuda_element_kernels as kernels
-from octavo.engine.kernels.cpu import _updated
 from octavo.engine.kernels.cuda_element_kernels import BLOCK, Operation, Way
 from octavo.engine.kernels.cuda_launch import launch
 from octavo.engine.kernels.cuda_memory import contiguous, copy, fill, merged
@@ -112,10 +112,7 @@ def relu(x: Tensor) -> Tensor:
 
 def relu_gradient(gradient: Tensor, x: Tensor) -> Tensor:
     floating("relu_gradient", gradient, x)
-    if gradient.shape != x.shape:
-        raise ValueError(
-            f"octavo::relu_gradient takes two tensors of one shape; got {list(gradient.shape)} and {list(x.shape)}"
-        )
+    checks.same_shape(gradient, x)
     gradient, x = contiguous(gradient), contiguous(x)
     out = like(x)
     launch(kernels.relu_gradient_kernel, programs(x.size), gradient, x, out, x.size, WIDTH=BLOCK)
@@ -151,11 +148,7 @@ def sgd(
     weight: Tensor, gradient: Tensor, velocity: Tensor | None, rate: Any, momentum: float, decay: float, nesterov: bool
 ) -> None:
     gradient = contiguous(gradient)
-    _updated("octavo::sgd_", weight, gradient, velocity)
-    if (momentum != 0) != (velocity is not None):
-        raise ValueError("octavo::sgd_ keeps its momentum in velocity: give both, or neither")
-    if nesterov and velocity is None:
-        raise ValueError("octavo::sgd_: nesterov=True looks ahead along the momentum; give momentum and velocity too")
+    checks.sgd(weight, gradient, velocity, momentum, nesterov)
     place, number, by_address = _rate(rate, weight)
     launch(
         kernels.sgd_kernel,
@@ -187,9 +180,7 @@ def adam(
     decay: float,
 ) -> None:
     gradient = contiguous(gradient)
-    _updated("octavo::adam_", weight, gradient, first, second)
-    if steps.size != 1 or not fast(steps):
-        raise ValueError(f"octavo::adam_: steps is one float32 number; got {steps.dtype} {list(steps.shape)}")
+    checks.adam(weight, gradient, first, second, steps)
     launch(kernels.advance_kernel, 1, steps)
     place, number, by_address = _rate(rate, weight)
     one = np.float32(1)

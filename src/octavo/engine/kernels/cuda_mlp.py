@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from octavo.engine.kernels import checks
 from octavo.engine.kernels import cuda_mlp_kernels as kernels
-from octavo.engine.kernels.classes import _bad_label
 from octavo.engine.kernels.cuda_checks import settle, word
 from octavo.engine.kernels.cuda_launch import INTERPRETED, launch, processors
 from octavo.engine.kernels.cuda_memory import fill
@@ -113,7 +113,7 @@ def train(
         number = _number(order, place)
         if not 0 <= number < samples.shape[0]:
             return ValueError(f"train: number {place} of order is {number}, and there are {samples.shape[0]} samples")
-        return _bad_label(_number(labels, number), number, classes)
+        return checks.bad_label(_number(labels, number), number, classes)
 
     settle(report, explain)
     return sum_(losses, 1) / float(batch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from octavo.engine.kernels import checks
 from octavo.engine.kernels import cuda_gemm_kernels as kernels
 from octavo.engine.kernels.cuda_casts import Cast
 from octavo.engine.kernels.cuda_gemm_kernels import LARGE, SMALL
@@ -88,8 +89,7 @@ def _fresh(a: Tensor, b: Tensor) -> Tensor:
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    if a.ndim < 2 or b.ndim < 2 or a.shape[-1] != b.shape[-2]:
-        raise ValueError(f"octavo::matmul multiplies [.., M, K] by [.., K, N]; got {list(a.shape)} and {list(b.shape)}")
+    checks.matmul(a, b)
     if b.ndim != 2:
         raise ValueError(
             f"octavo::matmul on CUDA takes one matrix on the right; got {list(b.shape)}: go through the matrices one by one"
@@ -101,35 +101,21 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def masked_matmul(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0] or mask.shape != (a.shape[0], b.shape[1]):
-        raise ValueError(
-            f"octavo::masked_matmul keeps [M, K] @ [K, N] where a mask [M, N] is positive; got {list(a.shape)}, {list(b.shape)} and "
-            f"{list(mask.shape)}"
-        )
+    checks.masked_matmul(a, b, mask)
     out = _fresh(a, b)
     product(a, b, out, mask=contiguous(mask))
     return out
 
 
 def add_matmul(c: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
-    if not (a.ndim == b.ndim == c.ndim == 2 and a.shape[1] == b.shape[0] and c.shape == (a.shape[0], b.shape[1])):
-        raise ValueError(
-            f"octavo::add_matmul_ adds [M, K] @ [K, N] to [M, N]; got {list(a.shape)}, {list(b.shape)} and {list(c.shape)}"
-        )
+    checks.add_matmul(c, a, b)
     if c.strides[1] != 1 and c.shape[1] > 1:
         raise ValueError(f"octavo::add_matmul_ on CUDA adds to contiguous rows; got strides {c.strides}: add to a copy")
     product(a, b, c, alpha=alpha, add=True)
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None, *, relu: bool = False) -> Tensor:
-    if weight.ndim != 2 or input.ndim < 2 or input.shape[-1] != weight.shape[0]:
-        raise ValueError(
-            f"octavo::linear multiplies [.., I] by [I, O]; got {list(input.shape)} and {list(weight.shape)}"
-        )
-    if bias is not None and (bias.shape != weight.shape[1:] or bias.dtype != weight.dtype or not bias.is_contiguous):
-        raise ValueError(
-            f"octavo::linear adds a contiguous bias [{weight.shape[1]}] of {weight.dtype}; got {list(bias.shape)} of {bias.dtype}"
-        )
+    checks.linear(input, weight, bias)
     flat = input if input.ndim == 2 else reshape(input, (-1, input.shape[-1]))
     out = _fresh(flat, weight)
     product(flat, weight, out, bias=bias, relu=relu)

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from octavo.engine.kernels import checks
 from octavo.engine.kernels import cuda_row_kernels as kernels
-from octavo.engine.kernels.classes import _bad_label, _labels
 from octavo.engine.kernels.cuda_checks import settle, word
 from octavo.engine.kernels.cuda_elements import floating, like
 from octavo.engine.kernels.cuda_launch import At, launch
@@ -25,10 +25,7 @@ _WIDE = 1024
 
 def _rows(name: str, x: Tensor) -> Tensor:
     """x, contiguous.  Raises ValueError where it has no last dimension, or nothing there, or no float32."""
-    if x.ndim == 0 or x.shape[-1] == 0:
-        raise ValueError(
-            f"octavo::{name} is along the last dimension; a tensor of shape {list(x.shape)} has none, or nothing there"
-        )
+    checks.last_dimension(f"octavo::{name}", x)
     if x.dtype != np.float32:
         raise ValueError(f"octavo::{name} takes float32 on CUDA; got {x.dtype}: convert it on the CPU first")
     return contiguous(x)
@@ -70,7 +67,7 @@ def _losses(
     name: str, logits: Tensor, labels: Tensor, upstream: Tensor | None, *, loss: bool, gradient: bool
 ) -> tuple[Any, Any]:
     """The mean loss, and its gradient by the logits times `upstream`, each where asked for."""
-    labels = _labels(name, logits, labels)
+    checks.labels(name, logits, labels)
     logits = _rows(name.removeprefix("octavo::"), logits)
     count, classes = logits.shape
     programs = -(-count // ROWS)
@@ -95,7 +92,7 @@ def _losses(
         LANES=ROWS,
     )
     value = _total(parts, parts.size, over=count) if loss else None
-    settle(report, lambda rank: _bad_label(_number(labels, count - rank), count - rank, classes))
+    settle(report, lambda rank: checks.bad_label(_number(labels, count - rank), count - rank, classes))
     return value, slope if gradient else None
 
 
@@ -118,8 +115,7 @@ def _total(x: Tensor, size: int, *, over: int | None = None) -> Tensor:
 
 def sum_(x: Tensor, axis: int | None) -> Tensor:
     floating("sum", x)
-    if axis is not None and not -x.ndim <= axis < x.ndim:
-        raise ValueError(f"octavo::sum: a tensor of shape {list(x.shape)} has no dimension {axis}")
+    checks.sum_axis(x, axis)
     x = contiguous(x)
     if axis is None:
         return _total(x, x.size)
@@ -142,10 +138,7 @@ def sum_(x: Tensor, axis: int | None) -> Tensor:
 
 
 def take_rows(x: Tensor, numbers: Tensor) -> Tensor:
-    if x.ndim == 0 or numbers.ndim != 1 or numbers.dtype != np.int64 or not numbers.is_contiguous:
-        raise ValueError(
-            f"octavo::take_rows takes [rows, ..] and contiguous int64 [N]; got {list(x.shape)} and {numbers.dtype} {list(numbers.shape)}"
-        )
+    checks.take_rows(x, numbers)
     x = contiguous(x)
     count, rows = numbers.size, x.shape[0]
     out = empty((count, *x.shape[1:]), x.dtype, device=x.device)
@@ -158,9 +151,7 @@ def take_rows(x: Tensor, numbers: Tensor) -> Tensor:
 
     def explain(rank: int) -> ValueError:
         place = count - rank
-        return ValueError(
-            f"octavo::take_rows: number {place} is {_number(numbers, place)}, and x has {rows} rows, from 0; correct it"
-        )
+        return checks.bad_row(place, _number(numbers, place), rows)
 
     settle(report, explain)
     return out
