@@ -17,8 +17,8 @@ from numba import carray, cfunc, types
 
 from octavo import engine
 from octavo.engine.kernels import team as teams
-from octavo.engine.kernels.team import ASLEEP, HEAD, STATE, WORKER, Team, add_and_get, barrier, team
-from octavo.kernels.memory import at
+from octavo.engine.kernels.team import ASLEEP, HEAD, STATE, WORKER, Team, barrier, team
+from octavo.kernels.memory import at, ordered_add
 
 Words = npt.NDArray[np.int64]
 LINE = 8
@@ -36,8 +36,8 @@ def _threads() -> Iterator[None]:
 @cfunc(types.void(types.int64, types.int64, types.int64))
 def count(address, lane, lanes):  # type: ignore[no-untyped-def]
     """Each lane counts its calls, and adds up the lanes it was told of."""
-    add_and_get(address + 64 * lane, 1)
-    add_and_get(address + 64 * lane + 8, lanes)
+    ordered_add(address + 64 * lane, 1)
+    ordered_add(address + 64 * lane + 8, lanes)
 
 
 @cfunc(types.void(types.int64, types.int64, types.int64))

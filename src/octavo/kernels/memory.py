@@ -9,17 +9,20 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-__all__ = ["at", "atomic_add", "atomic_max", "fma", "prefetch", "wide_vectors"]
+__all__ = ["at", "atomic_add", "atomic_max", "fma", "ordered_add", "ordered_exchange", "prefetch", "wide_vectors"]
 
 
-def _atomic(operation: str) -> Any:
-    """A compiled `f(address, value)`: one atomic read-modify-write of an int64, returning what was there."""
+def _atomic(operation: str, ordering: str = "monotonic") -> Any:
+    """A compiled `f(address, value)`: one atomic read-modify-write of an int64, returning what was there.
+
+    ordering: "seq_cst" lets no other memory access move across it, for threads that hand work to each other.
+    """
 
     @intrinsic
     def update(typing_context, address, value):
         def generate(context, builder, signature, arguments):
             pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
-            return builder.atomic_rmw(operation, pointer, arguments[1], "monotonic")
+            return builder.atomic_rmw(operation, pointer, arguments[1], ordering)
 
         return types.int64(types.int64, types.int64), generate
 
@@ -27,6 +30,7 @@ def _atomic(operation: str) -> Any:
 
 
 atomic_add, atomic_max = _atomic("add"), _atomic("max")
+ordered_add, ordered_exchange = _atomic("add", "seq_cst"), _atomic("xchg", "seq_cst")
 
 
 @intrinsic

@@ -12,9 +12,8 @@ import numpy as np
 from numba import carray, cfunc, njit, types
 
 from octavo.engine.kernels.launch import Kernel
-from octavo.engine.kernels.team import add_and_get
 from octavo.kernels.element import I32, _real
-from octavo.kernels.memory import at, wide_vectors
+from octavo.kernels.memory import at, ordered_add, wide_vectors
 
 __all__ = ["GROUP", "arg_max", "column_sums", "cross_entropy", "softmax", "take_rows"]
 
@@ -112,7 +111,7 @@ def _cross_entropy(address, lane, lanes):
                 into[label] -= share
         if loss:
             _floats(losses + 4 * group, 1)[0] = total
-    if loss and add_and_get(address + 64, 1) == lanes - 1:
+    if loss and ordered_add(address + 64, 1) == lanes - 1:
         p[8] = 0
         total, parts = F32(0), _floats(losses, groups)
         for group in range(groups):

@@ -19,7 +19,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from octavo.kernels import threads
-from octavo.kernels.memory import at, atomic_max
+from octavo.kernels.memory import at, atomic_max, ordered_add, ordered_exchange
 from octavo.kernels.products import caller
 
 __all__ = ["Team", "barrier", "call", "team"]
@@ -35,28 +35,6 @@ LONG = 2000
 
 call: Any = caller("ppp")
 """call(kernel, (arguments, lane, lanes))"""
-
-
-@intrinsic
-def add_and_get(typing_context, address, value):
-    """The int64 there before `value` was added; no memory access moves across it."""
-
-    def generate(context, builder, signature, arguments):
-        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
-        return builder.atomic_rmw("add", pointer, arguments[1], "seq_cst")
-
-    return types.int64(types.int64, types.int64), generate
-
-
-@intrinsic
-def exchange(typing_context, address, value):
-    """The int64 there before, and `value` in its place."""
-
-    def generate(context, builder, signature, arguments):
-        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
-        return builder.atomic_rmw("xchg", pointer, arguments[1], "seq_cst")
-
-    return types.int64(types.int64, types.int64), generate
 
 
 @intrinsic
@@ -120,7 +98,7 @@ def _await(address: int, count: int) -> None:
 @_compiled()
 def barrier(address: int, lanes: int, turn: int) -> None:
     """Wait until each of `lanes` lanes has come here for the `turn`-th time, from 1; address: an int64 that was 0 before the first."""
-    add_and_get(address, 1)
+    ordered_add(address, 1)
     _await(address, lanes * turn)
 
 
@@ -133,7 +111,7 @@ def _finish(memory: int) -> None:
     for w in range(lanes - 1):
         if atomic_max(memory + 8 * (HEAD + w * WORKER + CLAIMED), job) < job:
             call(kernel, (arguments, np.int64(w + 1), lanes))
-            add_and_get(memory + 8 * DONE, 1)
+            ordered_add(memory + 8 * DONE, 1)
     _await(memory + 8 * DONE, lanes - 1)
 
 
@@ -145,11 +123,11 @@ def _begin(memory: int, workers: int, kernel: int, arguments: int, lanes: int) -
     for w in range(lanes - 1, workers):
         atomic_max(memory + 8 * (HEAD + w * WORKER + CLAIMED), job)
     p[KERNEL], p[ARGUMENTS], p[LANES] = kernel, arguments, lanes
-    exchange(memory + 8 * DONE, 0)
-    add_and_get(memory + 8 * SEQUENCE, 1)
+    ordered_exchange(memory + 8 * DONE, 0)
+    ordered_add(memory + 8 * SEQUENCE, 1)
     asleep = 0
     for w in range(lanes - 1):
-        if exchange(memory + 8 * (HEAD + w * WORKER + STATE), AWAKE) == ASLEEP:
+        if ordered_exchange(memory + 8 * (HEAD + w * WORKER + STATE), AWAKE) == ASLEEP:
             asleep |= 1 << w
     if not asleep:
         _finish(memory)
@@ -169,16 +147,16 @@ def _serve(memory: int, worker: int, patience: int) -> None:
             # Whoever claims a lane first runs it, and a job with a claimed lane is not over: its words stay as they are.
             if atomic_max(own + 8 * CLAIMED, job) < job:
                 call(p[KERNEL], (p[ARGUMENTS], np.int64(worker + 1), p[LANES]))
-                add_and_get(memory + 8 * DONE, 1)
+                ordered_add(memory + 8 * DONE, 1)
             continue
         rest()
         idle += 1
         if idle > LONG:
             give_way()
         if idle > patience:
-            exchange(own + 8 * STATE, ASLEEP)
+            ordered_exchange(own + 8 * STATE, ASLEEP)
             late = look(memory + 8 * SEQUENCE) != seen[0]
-            if not late or exchange(own + 8 * STATE, AWAKE) == AWAKE:
+            if not late or ordered_exchange(own + 8 * STATE, AWAKE) == AWAKE:
                 return
             idle = 0
 
