@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import gc
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -98,9 +102,10 @@ def validate(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say which kernel each GEMM would run in on a chip, whether that is 8-bit and why not, and what it would gain."""
-    from octavo.lab import commands
+    with _uncollected():
+        from octavo.lab import commands
 
-    print(commands.validated(_configured(config, overrides, settings, None), target, json=json))
+        print(commands.validated(_configured(config, overrides, settings, None), target, json=json))
 
 
 def compile_(
@@ -135,6 +140,20 @@ def report(
     from octavo.lab.run_report import write_report
 
     print(f"wrote {write_report(folders, out)}")
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage is looked for within it, nor as a process ends that loads PyTorch for it alone: that takes half a second."""
+    was_on = gc.isenabled()
+    gc.disable()
+    if "torch" not in sys.modules:
+        atexit.register(gc.freeze)
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _one_of(flag: str, word: str, choices: list[str] | tuple[str, ...]) -> str:

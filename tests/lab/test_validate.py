@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +22,17 @@ from octavo.lab.transformer import Transformer
 from octavo.lab.validate import Scope, Validation, precision_of, validate
 from octavo.patterns import chosen
 from octavo.recipes import NAMED, Recipe, current_scaling, delayed_scaling, get_recipe
+
+CONFIGS = Path(__file__).parents[2] / "examples" / "fc_mnist" / "configs"
+COMMANDS = {
+    "cnn": ("empty.yaml", ["model.name=cnn"]),
+    "fc-mnist 10 x 50": (str(CONFIGS / "params.yaml"), []),
+    "transformer of a billion": (str(CONFIGS / "transformer_1b.yaml"), []),
+    **{name: ("empty.yaml", [f"model.activation_fn={name}", "model.dropout=0.1"]) for name in ("silu", "tanh", "elu")},
+    "sigmoid": ("empty.yaml", ["model.activation_fn=sigmoid", "model.disable_softmax=true"]),
+    "gelu": ("empty.yaml", ["model.activation_fn=gelu", "precision=mxfp8"]),
+}
+"""What `octavo validate` is asked, by a name: the file and the settings."""
 
 
 def billion() -> tuple[nn.Module, Tensor]:
@@ -298,3 +313,38 @@ def test_a_transformer_sees_only_what_came_before() -> None:
     assert one.shape == (2, 8, 20)
     assert torch.equal(one[:, :5], other[:, :5])
     assert not torch.equal(one[:, 5:], other[:, 5:])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_command_loads_no_compiler(name: str, tmp_path: Path) -> None:
+    config, settings = COMMANDS[name]
+    (tmp_path / "empty.yaml").write_text("precision: delayed_scaling\n")
+    script = (
+        "import gc, sys\n"
+        "from octavo.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: code = end.code\n"
+        "heavy = {'torch._dynamo', 'torch._inductor', 'torch.fx.experimental.symbolic_shapes', 'sympy', 'triton', 'numba'}\n"
+        "print(code, gc.isenabled(), sorted(heavy & set(sys.modules)), file=sys.stderr)\n"
+    )
+    arguments = ["validate", config, *(part for setting in settings for part in ("--set", setting)), "--json"]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script, *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.stderr == "0 True []\n"
+    assert json.loads(done.stdout)["gemms"]
+
+
+def test_output_that_nobody_reads_ends_the_command_with_a_code() -> None:
+    command = [sys.executable, "-m", "octavo.cli", "validate", str(CONFIGS / "params.yaml")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait() == 1

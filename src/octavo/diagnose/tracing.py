@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from octavo.diagnose.gemms import Kind, TracedGemm
+from octavo.diagnose.outlines import outlined
 
 __all__ = ["TracedGemm", "trace_gemms"]
 
@@ -156,11 +157,13 @@ class _Recorder(TorchDispatchMode):
                 f"{where} calls {func.name()}, which is no product of two matrices that a recipe's three GEMMs describe; write it as "
                 "matmul or einsum"
             )
-        try:
-            output = func(*args, **(kwargs or {}))
-        except RuntimeError:
-            self.failed = self._running[-1][0]
-            raise
+        output = outlined(func, args, kwargs or {})
+        if output is None:
+            try:
+                output = func(*args, **(kwargs or {}))
+            except RuntimeError:
+                self.failed = self._running[-1][0]
+                raise
         if operator is _aten.convolution:
             self._convolution(output, *args)
         return output
