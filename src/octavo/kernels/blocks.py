@@ -114,13 +114,17 @@ SEED, OFFSET, MANTISSA_BITS, BIAS, MAX_EXPONENT, INF_CODE, NAN_CODE = (int(slot)
 SIGN_MASK, NEGATIVE_ZERO, TOP, OVERFLOW, INF_BECOMES, MAXIMUM = (int(slot) for slot in list(BlockSlot)[23:29])
 EPSILON, ZERO_LIMIT, WHOLE, WHOLE_BACK, WHOLE_RECIPROCAL, END = (int(slot) for slot in list(BlockSlot)[29:])
 PIECE, GROUP = 1024, 8
-"""Elements rounded at a time while the memory of the next tile is asked for, and tiles that a thread takes at a time."""
+"""Elements rounded at a time while the memory of the next tile is asked for, and tiles that a thread takes at a time, if there are many."""
 
 
 @compiled
 def _round_nearest(x_f, factor, back, out, shift, e_min, limit, top, over, inf, zero_sign):
     """out = nearest-even(x * factor) * back, column by column."""
     _wide_vectors()
+    if _is_plain(top, over, inf, zero_sign):
+        for j in range(x_f.size):
+            out[j] = _real(_nearest_plain(x_f[j], factor[j], shift, e_min, limit, top)) * back[j]
+        return
     for j in range(x_f.size):
         out[j] = _real(_nearest(x_f[j], factor[j], shift, e_min, limit, top, over, inf, zero_sign)) * back[j]
 
@@ -129,6 +133,11 @@ def _round_nearest(x_f, factor, back, out, shift, e_min, limit, top, over, inf, 
 def _round_nearest_to_bfloat16(x_f, factor, back, out, shift, e_min, limit, top, over, inf, zero_sign):
     """The same to bfloat16, to nearest even."""
     _wide_vectors()
+    if _is_plain(top, over, inf, zero_sign):
+        for j in range(x_f.size):
+            value = _real(_nearest_plain(x_f[j], factor[j], shift, e_min, limit, top)) * back[j]
+            out[j] = _half_bits(_bits(value))
+        return
     for j in range(x_f.size):
         value = _real(_nearest(x_f[j], factor[j], shift, e_min, limit, top, over, inf, zero_sign)) * back[j]
         out[j] = _half_bits(_bits(value))
@@ -238,11 +247,11 @@ def cast_blocks(arguments):
     draws = pairs.view(np.uint32)
     peak = I32(0)
     count = ((n_rows + high - 1) // high) * tiles
-    drawn, last = 0, 0
+    drawn, last, group = 0, 0, min(GROUP, 1 + count // 16)
     while True:
         if drawn == last:  # a few neighbours at a time: the memory of the next one is asked for early
-            drawn = _atomic_add(arguments + 8 * NEXT, GROUP)
-            last = min(drawn + GROUP, count)
+            drawn = _atomic_add(arguments + 8 * NEXT, group)
+            last = min(drawn + group, count)
             if drawn >= count:
                 break
         item, drawn = drawn, drawn + 1

@@ -24,6 +24,7 @@ __all__ = [
     "amax_arguments",
     "cast",
     "caster",
+    "nearest_words",
     "worthwhile_threads",
 ]
 
@@ -152,6 +153,16 @@ def _format_slots(format: Format, overflow: Overflow, rounding: Rounding) -> tup
         format.nan_code if zero_is_nan and format.nan_code is not None else 0,
         _table(format).ctypes.data,
     )
+
+
+@functools.lru_cache(maxsize=256)
+def nearest_words(format: Format, overflow: Overflow) -> np.ndarray[Any, np.dtype[np.int32]]:
+    """What `octavo.kernels.dots.round_row` rounds to nearest even by: int32 [7]."""
+    m, bias, last, over, infinite, *_, has_negative_zero, _, _ = _format_slots(format, overflow, Rounding.NEAREST_EVEN)
+    values = _table(format)[[last, over, infinite]].view(np.int32)
+    limit = ((last >> m) - bias + 129) << 23  # 2**(emax + 2)
+    sign = -(1 << 31) if has_negative_zero else 0
+    return np.array([(23 - m) << 23, (128 - bias) << 23, limit, *values, sign], np.int32)
 
 
 _HEAD = struct.Struct(f"<{Slot.SCALE}q2d{Slot.SEED - Slot.ROUNDING}qQq")

@@ -9,7 +9,18 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-__all__ = ["at", "atomic_add", "atomic_max", "fma", "ordered_add", "ordered_exchange", "prefetch", "wide_vectors"]
+__all__ = [
+    "at",
+    "atomic_add",
+    "atomic_max",
+    "fma",
+    "ordered_add",
+    "ordered_exchange",
+    "prefetch",
+    "to_read",
+    "to_write",
+    "wide_vectors",
+]
 
 
 def _atomic(operation: str, ordering: str = "monotonic") -> Any:
@@ -83,12 +94,12 @@ def _prefetch_line(write: bool) -> Any:
     return ask
 
 
-_to_read, _to_write = _prefetch_line(False), _prefetch_line(True)
+to_read, to_write = _prefetch_line(False), _prefetch_line(True)
 
 
 @njit(cache=True)
 def prefetch(source, target, lines):
     """Ask for `lines` cache lines from `source` on, to read them, and from `target` on, to overwrite them."""
     for line in range(lines):
-        _to_read(source + 64 * line)
-        _to_write(target + 64 * line)
+        to_read(source + 64 * line)
+        to_write(target + 64 * line)

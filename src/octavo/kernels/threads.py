@@ -10,10 +10,13 @@ import ctypes
 import functools
 import os
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-__all__ = ["count", "gomp", "run"]
+import numpy as np
+
+__all__ = ["count", "gomp", "run", "scratch"]
 
 
 def count() -> int:
@@ -65,3 +68,18 @@ def run(kernel: Any, arguments: int, threads: int) -> None:
         kernel(arguments)
         for other in others:
             other.result()
+
+
+class _Scratch(threading.local):
+    memory: Any = np.empty(0, np.uint8)
+
+
+_own = _Scratch()
+
+
+def scratch(size: int) -> int:
+    """The address of that many bytes, at the start of a cache line, which the calling thread may use until it asks again."""
+    if _own.memory.size < size + 64:
+        _own.memory = np.empty(size + 64, np.uint8)
+    address = int(_own.memory.ctypes.data)
+    return address + -address % 64

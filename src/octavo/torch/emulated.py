@@ -16,6 +16,7 @@ from torch import Tensor
 from octavo.table import Accumulator, Gemm
 from octavo.torch import context
 from octavo.torch.bilinear import Product, product_from
+from octavo.torch.bilinear_sums import Sums, gradients_of, multiplied, narrow_geometry
 from octavo.torch.layouts import (
     GRAD_INPUT,
     GRAD_WEIGHT,
@@ -28,6 +29,7 @@ from octavo.torch.layouts import (
     cells_of,
     marked,
 )
+from octavo.torch.operands import Cast
 from octavo.torch.ops import is_plain, nan_gradients
 from octavo.torch.state import gather
 from octavo.torch.table import seed_of
@@ -80,15 +82,23 @@ def _check_sums(row: Gemm, gemm: str) -> None:
         )
 
 
-def _rounded_sum(y: Tensor, row: Gemm) -> Tensor:
-    return y.bfloat16().to(y.dtype) if row.accumulator is Accumulator.BFLOAT16_OUT else y
+def _rounded_sum(y: Sums, row: Gemm) -> Sums:
+    rounds = row.accumulator is Accumulator.BFLOAT16_OUT
+    return Sums(y.values.bfloat16().to(y.values.dtype)) if rounds else y
 
 
-def _result(y: Tensor, cells: Cells, cell: int, scale: Any, seed: int) -> tuple[Tensor, Any]:
+def _stored(cells: Cells, row: Gemm, cell: int) -> Cast | None:
+    """What the sums of a GEMM are stored by, if nothing comes between."""
+    return None if row.accumulator is Accumulator.BFLOAT16_OUT else cells.casts[cell]
+
+
+def _result(y: Sums, cells: Cells, cell: int, scale: Any, seed: int) -> tuple[Tensor, Any]:
     cast = cells.casts[cell]
     if cast is None:
-        return y, 0.0
-    found = cast_tensor(y, cast, as_it_lies(y.dim()), scale, seed, in_place=True)
+        return y.values, 0.0
+    if y.amax is not None:
+        return marked(y.values, cast), y.amax
+    found = cast_tensor(y.values, cast, as_it_lies(y.values.dim()), scale, seed, in_place=True)
     return marked(found.values, cast), found.amax
 
 
@@ -107,18 +117,19 @@ def _forward(
     _check_sums(row, "output")
     s_left, s_right, s_output = numbers(scales)
     layouts = product.layouts(left.dim())
+    geometry = narrow_geometry(product, [cells.casts[cell] for cell in (0, 1)], left, right)
+    narrow = geometry is not None
     with _in_own_dtypes(left):
-        a = cast_tensor(left, cells.casts[0], layouts[0], s_left, seed, slot=0)
-        b = cast_tensor(right, cells.casts[1], layouts[1], s_right, seed, slot=1)
-        wide = torch.promote_types(a.values.dtype, b.values.dtype)
-        base = None if bias is None else bias.to(wide)
+        a = cast_tensor(left, cells.casts[0], layouts[0], s_left, seed, slot=0, narrow=narrow)
+        b = cast_tensor(right, cells.casts[1], layouts[1], s_right, seed, slot=1, narrow=narrow)
         if row.accumulator is Accumulator.BFLOAT16_OUT:
-            y = _rounded_sum(product.forward(a.values.to(wide), b.values.to(wide), None), row)
-            if base is not None:
-                y = y + base.reshape(-1, *[1] * (y.dim() - 2))
+            sums = _rounded_sum(multiplied(product, geometry, a, b, None, None), row)
+            if bias is not None:
+                y = sums.values
+                sums = Sums(y + bias.to(y.dtype).reshape(-1, *[1] * (y.dim() - 2)))
         else:
-            y = product.forward(a.values.to(wide), b.values.to(wide), base)
-        y, y_amax = _result(y, cells, OUTPUT, s_output, seed)
+            sums = multiplied(product, geometry, a, b, bias, cells.casts[OUTPUT])
+        y, y_amax = _result(sums, cells, OUTPUT, s_output, seed)
         return y.to(dtype), (a.scale, b.scale, a.amax, b.amax, y_amax)
 
 
@@ -141,33 +152,39 @@ def _backward(
     shapes = left.shape, right.shape
     layouts = product.layouts(left.dim())
     grad_left = grad_right = grad_bias = None
+    left_sums: Sums | None = None
+    right_sums: Sums | None = None
     g: Found | None = None
+    a: Found | None = None
+    b: Found | None = None
     i_amax: Any = 0.0
     w_amax: Any = 0.0
+    operands = [3, 1 if cells.weight_once else 4] * needs[0] + [6, 0 if cells.input_once else 7] * needs[1]
+    geometry = narrow_geometry(product, [cells.casts[cell] for cell in operands], left, right)
+    narrow = geometry is not None
     if needs[0]:
         _check_sums(cells.recipe.grad_input, "grad_input")
-        g = cast_tensor(grad_output, cells.casts[3], layouts[2], s_grad_output, seed, slot=2)
-        b = _again(right, cells, (1, 4), (layouts[1], layouts[3]), facts[1], seed, once=cells.weight_once, slot=1)
+        g = cast_tensor(grad_output, cells.casts[3], layouts[2], s_grad_output, seed, slot=2, narrow=narrow)
+        b = _again(right, cells, (1, 4), (layouts[1], layouts[3]), facts[1], seed, cells.weight_once, 1, narrow)
     if needs[1]:
         _check_sums(cells.recipe.grad_weight, "grad_weight")
-        a = _again(left, cells, (0, 7), (layouts[0], layouts[5]), facts[0], seed, once=cells.input_once, slot=0)
-    if g is not None and needs[1] and cells.grad_output_once:
-        wide = torch.promote_types(g.values.dtype, torch.promote_types(a.dtype, b.dtype))
-        grad_left, grad_right = product.grads(g.values.to(wide), a.to(wide), b.to(wide), shapes)
+        a = _again(left, cells, (0, 7), (layouts[0], layouts[5]), facts[0], seed, cells.input_once, 0, narrow)
+    stored = _stored(cells, cells.recipe.grad_input, GRAD_INPUT)
+    if g is not None and a is not None and cells.grad_output_once:
+        left_sums, right_sums = gradients_of(product, geometry, shapes, g, a, b, stored)
     else:
         if g is not None:
-            wide = torch.promote_types(g.values.dtype, b.dtype)
-            grad_left = product.grad_left(g.values.to(wide), b.to(wide), shapes[0])
-        if needs[1]:
-            turned = cast_tensor(grad_output, cells.casts[6], layouts[4], s_grad_output, seed, slot=2)
+            left_sums, _ = gradients_of(product, geometry, shapes, g, None, b, stored)
+        if a is not None:
+            turned = cast_tensor(grad_output, cells.casts[6], layouts[4], s_grad_output, seed, slot=2, narrow=narrow)
             g = turned if g is None else g
-            wide = torch.promote_types(turned.values.dtype, a.dtype)
-            grad_right = product.grad_right(turned.values.to(wide), a.to(wide), shapes[1])
-    if grad_left is not None:
-        summed = _rounded_sum(grad_left, cells.recipe.grad_input)
-        grad_left, i_amax = _result(summed, cells, GRAD_INPUT, s_grad_input, seed)
-    if grad_right is not None:
-        grad_right, w_amax = _result(_rounded_sum(grad_right, cells.recipe.grad_weight), cells, GRAD_WEIGHT, 1.0, seed)
+            _, right_sums = gradients_of(product, geometry, shapes, turned, a, None, None)
+    if left_sums is not None:
+        left_sums = _rounded_sum(left_sums, cells.recipe.grad_input)
+        grad_left, i_amax = _result(left_sums, cells, GRAD_INPUT, s_grad_input, seed)
+    if right_sums is not None:
+        right_sums = _rounded_sum(right_sums, cells.recipe.grad_weight)
+        grad_right, w_amax = _result(right_sums, cells, GRAD_WEIGHT, 1.0, seed)
     if needs[2]:
         grad_bias = grad_output.sum(product.bias_axes(grad_output.dim()))
     return grad_left, grad_right, grad_bias, (0.0 if g is None else g.amax, i_amax, w_amax)
@@ -180,13 +197,14 @@ def _again(
     layouts: Sequence[Layout],
     scale: Any,
     seed: int,
-    *,
     once: bool,
     slot: int,
-) -> Tensor:
-    """The values of an operand of the forward pass in the backward one: of the same cast, or of its other cell."""
+    narrow: bool,
+) -> Found:
+    """An operand of the forward pass in the backward one: by the same cast, or by its other cell."""
     cell, layout = (numbers[0], layouts[0]) if once else (numbers[1], layouts[1])
-    return cast_tensor(x, cells.casts[cell], layout, scale if once else 1.0, seed, again=once, slot=slot).values
+    delayed = scale if once else 1.0
+    return cast_tensor(x, cells.casts[cell], layout, delayed, seed, again=once, slot=slot, narrow=narrow)
 
 
 def _channels(product: Product, grad_output: Tensor) -> list[int]:

@@ -122,7 +122,7 @@ class Pass:
                 _DOUBLE.pack_into(memory, place + 8 * Slot.SCALE, scale)
             else:
                 _WORD.pack_into(memory, amax, source)
-        scratch = gemm.scratch(self._scratch) if self._scratch else 0
+        scratch = threads.scratch(self._scratch) if self._scratch else 0
         for place, product in zip(self._products, places, strict=True):
             _PRODUCT_WAYS.pack_into(memory, place + 8 * Product.A, *product, scratch)
         self._run(ctypes.addressof(memory))

@@ -11,17 +11,15 @@ from __future__ import annotations
 import ctypes
 import functools
 import struct
-import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from octavo.kernels import products, threads
 from octavo.kernels.products import PLAIN, TRANSPOSED, Product
 
-__all__ = ["Units", "arguments", "dense", "inverse", "matmul", "operand_dtype", "scratch", "threads_for", "units"]
+__all__ = ["Units", "arguments", "dense", "inverse", "matmul", "operand_dtype", "threads_for", "units"]
 
 _ARGUMENTS = struct.Struct("<14qd4q")
 _SERIAL = 1 << 20
@@ -107,21 +105,6 @@ def arguments(
     )
 
 
-class _Scratch(threading.local):
-    memory: Any = np.empty(0, np.uint8)
-
-
-_own = _Scratch()
-
-
-def scratch(size: int) -> int:
-    """The address of that many bytes, at the start of a cache line, which the calling thread may use until it asks again."""
-    if _own.memory.size < size + 64:
-        _own.memory = np.empty(size + 64, np.uint8)
-    address = int(_own.memory.ctypes.data)
-    return address + -address % 64
-
-
 def matmul(
     a: torch.Tensor,
     b: torch.Tensor,
@@ -157,7 +140,7 @@ def matmul(
         (max(a.stride(0), a.shape[1]), max(b.stride(0), b.shape[1])),
         (a.data_ptr(), b.data_ptr(), out.data_ptr(), 0 if added is None else added.data_ptr()),
         factor=factor,
-        scratch=0 if len(found.kernels) == 1 else scratch(products.scratch_bytes(m, k, a_transposed, many)),
+        scratch=0 if len(found.kernels) == 1 else threads.scratch(products.scratch_bytes(m, k, a_transposed, many)),
     )
     memory = ctypes.create_string_buffer(block, len(block))
     for kernel in found.kernels:

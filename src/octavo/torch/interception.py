@@ -160,7 +160,8 @@ def _is_activation(place: Place, x: Any) -> bool:
     """Whether a recipe that stores results stores x: it is no parameter, and no buffer of the model, such as a running mean."""
     if not place.stores or not isinstance(x, Tensor) or not x.is_floating_point() or isinstance(x, torch.nn.Parameter):
         return False
-    return not any(x is buffer for buffer in place.owner.model.buffers())
+    computed = not torch.compiler.is_compiling() and x.grad_fn is not None
+    return computed or not any(x is buffer for buffer in place.owner.model.buffers())
 
 
 def _refuse_out(func: Any, kwargs: Mapping[str, Any]) -> None:

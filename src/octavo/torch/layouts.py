@@ -17,8 +17,8 @@ from torch import Tensor
 
 from octavo.kernels import cpu, matrices
 from octavo.reference import block_shape
-from octavo.scaling import Block, Unscaled, amax_scale
-from octavo.table import Recipe, Transform
+from octavo.scaling import Block, TwoLevel, Unscaled, amax_scale
+from octavo.table import Recipe, TensorSpec, Transform
 from octavo.torch.gemm import dense
 from octavo.torch.operands import KINDS, Cast
 from octavo.torch.watching import watch
@@ -34,6 +34,7 @@ __all__ = [
     "carry_mark",
     "cast_tensor",
     "cells_of",
+    "fits_bfloat16",
     "is_marked",
     "marked",
     "matrix_on_cpu",
@@ -114,11 +115,16 @@ class Found(NamedTuple):
     """What a cast made of a tensor."""
 
     values: Tensor
-    """Scales undone, float32 (float64 of a float64 tensor), in the tensor's shape."""
+    """Scales undone, float32 (float64 of a float64 tensor), in the tensor's shape; of a narrow cast as that says."""
     amax: float | Tensor = 0.0
     """Of the tensor; 0 where it was not looked for."""
     scale: float | Tensor = 1.0
     """The one that elements were multiplied with, of casts that have one."""
+
+    @property
+    def undone(self) -> Tensor:
+        """The values of a narrow cast with the tensor's scale undone, float32; those of another as they are."""
+        return self.values.float().div_(self.scale) if self.values.dtype is torch.bfloat16 else self.values
 
 
 class _Scratch(threading.local):
@@ -127,12 +133,12 @@ class _Scratch(threading.local):
     def __init__(self) -> None:
         self.slots: dict[int, Tensor] = {}
 
-    def like(self, x: Tensor, slot: int) -> Tensor:
-        """Float32 memory laid out as x is, which is dense."""
+    def like(self, x: Tensor, slot: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Memory laid out as x is, which is dense; of a dtype no wider than float32."""
         held = self.slots.get(slot)
         if held is None or held.numel() < x.numel():
             self.slots[slot] = held = torch.empty(x.numel())
-        return held.as_strided(x.shape, x.stride())
+        return held.view(dtype).as_strided(x.shape, x.stride())
 
 
 _scratch = _Scratch()
@@ -148,12 +154,14 @@ def cast_tensor(
     again: bool = False,
     in_place: bool = False,
     slot: int | None = None,
+    narrow: bool = False,
 ) -> Found:
     """x cast, by a cell of a recipe or not at all.
 
     delayed: the scale that a history gives, a float or, on other devices than the CPU, float32 [1].  again: x was cast before, and
     delayed is the scale of that cast, of whatever kind.  in_place: nobody else needs x, whose memory the values may take.  slot: the
-    values are needed only until this thread asks for that slot again.
+    values are needed only until this thread asks for that slot again.  narrow: in row-major order, the tensor's one scale not
+    undone, as bfloat16, or float32 where x was marked; for CPU tensors and casts that are `fits_bfloat16`.
     A Hadamard transform is not undone: the contracted axis is then filled up to a multiple of 16.
     x itself comes back, with amax 0, where it was `marked` with this very cast.
     """
@@ -161,7 +169,7 @@ def cast_tensor(
     if cast is None:
         return Found(x.to(wide))
     if is_marked(x, cast) and watch.look is None:
-        return Found(x)
+        return Found(dense(x.float() if x.dtype is torch.float16 else x) if narrow else x)
     if x.dtype not in KINDS:
         raise ValueError(f"{cast.spec} casts float32, float64, bfloat16 and float16; got {x.dtype}: convert it first")
     if cast.spec.format.bits > 8:
@@ -169,14 +177,21 @@ def cast_tensor(
         found = Found(operand.values.to(wide), operand.amax)
     elif cast.whole and cast.spec.transform is Transform.NONE:
         if x.device.type == "cpu":
-            found = _whole(x, cast, delayed, seed, again, in_place and watch.look is None, slot)
+            found = _whole(x, cast, delayed, seed, again, in_place and watch.look is None, slot, narrow)
         else:
             found = whole_on_device(x, cast, delayed, seed, again)
     else:
-        found = _laid(x, cast, layout, delayed, seed, slot)
+        found = _laid(x, cast, layout, delayed, seed, slot, narrow)
     if watch.look is not None and not again and cast.spec.transform is Transform.NONE:
-        watch.look(cast.number, cast.spec, x, lambda: found.values, float(found.scale))
+        watch.look(cast.number, cast.spec, x, lambda: found.undone, float(found.scale))
     return found
+
+
+def fits_bfloat16(cast: Cast | None) -> bool:
+    """Whether bfloat16 holds what the cast makes of a tensor, but for one scale of it all: then `cast_tensor` takes it narrow."""
+    if cast is None or cast.spec.format.bits > 8 or cast.spec.transform is not Transform.NONE:
+        return False
+    return cast.folded and not isinstance(cast.spec.scaling, TwoLevel)
 
 
 def marked(x: Tensor, cast: Cast | None) -> Tensor:
@@ -202,12 +217,21 @@ def carry_mark(x: Tensor, y: Tensor, version: int) -> None:
 
 
 def _whole(
-    x: Tensor, cast: Cast, delayed: float | Tensor, seed: int, again: bool, in_place: bool, slot: int | None
+    x: Tensor,
+    cast: Cast,
+    delayed: float | Tensor,
+    seed: int,
+    again: bool,
+    in_place: bool,
+    slot: int | None,
+    narrow: bool,
 ) -> Found:
     """One scale, in one pass over memory."""
     # Draws go by the place in row-major order; without them any dense order does.
-    x = dense(x) if cast.stochastic or not _is_dense(x) or x.is_neg() else x
-    if in_place and x.dtype in (torch.float32, torch.float64):
+    x = dense(x) if narrow or cast.stochastic or not _is_dense(x) or x.is_neg() else x
+    if narrow:
+        values = torch.empty_like(x, dtype=torch.bfloat16) if slot is None else _scratch.like(x, slot, torch.bfloat16)
+    elif in_place and x.dtype in (torch.float32, torch.float64):
         values = x
     elif slot is not None and x.dtype is not torch.float64:
         values = _scratch.like(x, slot)
@@ -217,7 +241,8 @@ def _whole(
     source = cpu.Buffer(x.data_ptr(), KINDS[x.dtype], x.numel())
     target = cpu.Buffer(values.data_ptr(), KINDS[values.dtype], x.numel())
     assert cast.caster is not None
-    return Found(values, cast.caster(source, target, scale, scale, seed, cast.number << 56), scale)
+    undo = 1.0 if narrow else scale
+    return Found(values, cast.caster(source, target, scale, undo, seed, cast.number << 56), scale)
 
 
 def _is_dense(x: Tensor) -> bool:
@@ -243,7 +268,9 @@ def whole_on_device(x: Tensor, cast: Cast, delayed: float | Tensor, seed: int, a
     return Found(values, cuda_casts.amax_of(state), scale)
 
 
-def _laid(x: Tensor, cast: Cast, layout: Layout, delayed: float | Tensor, seed: int, slot: int | None) -> Found:
+def _laid(
+    x: Tensor, cast: Cast, layout: Layout, delayed: float | Tensor, seed: int, slot: int | None, narrow: bool
+) -> Found:
     """Scales of rows or blocks, or a transform: as matrices, whose blocks end where each of them does."""
     if x.dtype is torch.float64:
         raise ValueError(
@@ -251,7 +278,7 @@ def _laid(x: Tensor, cast: Cast, layout: Layout, delayed: float | Tensor, seed: 
         )
     if not x.numel():
         return Found(x.float())
-    if x.device.type == "cpu" and (found := _standing(x, cast, layout, slot)) is not None:
+    if x.device.type == "cpu" and (found := _standing(x, cast, layout, slot, narrow)) is not None:
         return found
     laid = layout.lay(x)
     batch, rows, columns = laid.shape
@@ -264,10 +291,12 @@ def _laid(x: Tensor, cast: Cast, layout: Layout, delayed: float | Tensor, seed: 
     if watch.look is not None and cast.spec.transform is not Transform.NONE and x.device.type == "cpu":
         watch.look(cast.number, cast.spec, matrices.hadamard(flat), lambda: values, 1.0)
     back = layout.back(values.reshape(batch, rows + short, -1)[:, :rows], x.shape)
+    if narrow:
+        back = back.bfloat16()
     return Found(back.contiguous(), amax)  # as PyTorch's operators write what comes of it
 
 
-def _standing(x: Tensor, cast: Cast, layout: Layout, slot: int | None) -> Found | None:
+def _standing(x: Tensor, cast: Cast, layout: Layout, slot: int | None, narrow: bool) -> Found | None:
     """The same where x need not be turned, because its blocks stand on end in it as it lies; None where it has to be."""
     scaling = cast.spec.scaling
     if layout.split is not None or cast.stochastic or cast.spec.transform is not Transform.NONE:
@@ -278,12 +307,13 @@ def _standing(x: Tensor, cast: Cast, layout: Layout, slot: int | None) -> Found 
     outer, size, inner = math.prod(x.shape[:axis]), x.shape[axis], math.prod(x.shape[axis + 1 :])
     if inner == 1 or (outer > 1 and size > long and size % long):
         return None
-    spec = replace(cast.spec, scaling=replace(scaling, shape=(1, min(long, size))))
-    values = torch.empty_like(x, dtype=torch.float32) if slot is None else _scratch.like(x, slot)
+    spec = _shortened(cast.spec, min(long, size))
+    held = torch.bfloat16 if narrow else torch.float32
+    values = torch.empty_like(x, dtype=held) if slot is None else _scratch.like(x, slot, held)
     scales = torch.empty((-(-outer * size // min(long, size)), inner))
     amax = matrices.cast_blocks(
         cpu.Buffer(x.data_ptr(), KINDS[x.dtype], x.numel()),
-        cpu.Buffer(values.data_ptr(), cpu.Kind.FLOAT32, x.numel()),
+        cpu.Buffer(values.data_ptr(), KINDS[held], x.numel()),
         scales.data_ptr(),
         (outer * size, inner),
         spec,
@@ -291,6 +321,12 @@ def _standing(x: Tensor, cast: Cast, layout: Layout, slot: int | None) -> Found 
         decoded=2,
     )
     return Found(values, amax)
+
+
+@functools.lru_cache(maxsize=256)
+def _shortened(spec: TensorSpec, long: int) -> TensorSpec:
+    """The same with blocks of that length."""
+    return replace(spec, scaling=replace(spec.scaling, shape=(1, long)))  # type: ignore[arg-type]
 
 
 def matrix_on_cpu(matrix: Tensor, cast: Cast, delayed: float | Tensor, seed: int) -> tuple[Tensor, float]:
