@@ -121,38 +121,54 @@ def measured(rounds: int, updates: int) -> list[dict[str, Any]]:
     return rows
 
 
+class Waited:
+    """A collective under way that adds the time of waiting for it to `spend`."""
+
+    def __init__(self, work: Any, spend: Callable[[float], None]) -> None:
+        self.work, self.spend = work, spend
+
+    def wait(self) -> None:
+        start = time.perf_counter()
+        self.work.wait()
+        self.spend(time.perf_counter() - start)
+
+
 @contextlib.contextmanager
 def counted(seconds: list[float], sent: dict[str, int]) -> Iterator[None]:
-    """Time what agreeing on amaxes takes within the block: beginning the all-reduce of maxima, and waiting for the last one."""
+    """Time what agreeing on amaxes takes within the block: laying them side by side, the all-reduce of maxima, waiting for it, and
+    handing them back.  Moving the scales after it is not counted: a process alone does that, too."""
     import torch
 
     import octavo.torch.context as context
 
-    real: Callable[..., Any] = torch.distributed.all_reduce
-    conclude = context._conclude
     spent = 0.0
 
-    def concluded() -> None:
+    def spend(more: float) -> None:
         nonlocal spent
-        start = time.perf_counter()
-        conclude()
-        spent += time.perf_counter() - start
+        spent += more
 
-    def timed(tensor: Any, *arguments: Any, **keywords: Any) -> Any:
+    def timed(real: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **keywords: Any) -> Any:
+            start = time.perf_counter()
+            result = real(*arguments, **keywords)
+            spend(time.perf_counter() - start)
+            return result
+
+        return run
+
+    def reduced(tensor: Any, *arguments: Any, **keywords: Any) -> Any:
         if keywords.get("op") != torch.distributed.ReduceOp.MAX:
-            return real(tensor, *arguments, **keywords)
-        nonlocal spent
-        start = time.perf_counter()
-        result = real(tensor, *arguments, **keywords)
-        spent += time.perf_counter() - start
+            return reduce(tensor, *arguments, **keywords)
         sent["bytes"] = tensor.numel() * tensor.element_size()
-        return result
+        return Waited(timed(reduce)(tensor, *arguments, **keywords), spend)
 
-    torch.distributed.all_reduce, context._conclude = timed, concluded
+    reduce, kept = torch.distributed.all_reduce, (context._hand_out, context._rows)
+    torch.distributed.all_reduce = reduced
+    context._hand_out, context._rows = timed(kept[0]), timed(kept[1])
     try:
         yield
     finally:
-        torch.distributed.all_reduce, context._conclude = real, conclude
+        torch.distributed.all_reduce, (context._hand_out, context._rows) = reduce, kept
         seconds.append(spent)
 
 
