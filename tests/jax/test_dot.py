@@ -1,5 +1,6 @@
 """The three GEMMs of a layer under every named recipe, and the codes of their operands, against the NumPy reference."""
 
+import re
 import zlib
 from typing import Any
 
@@ -8,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import octavo.jax
 from octavo import reference
 from octavo.formats import E2M1FN, E3M4FN, E4M3FN, E5M2FNUZ, FORMATS, Format
-from octavo.jax import operands
+from octavo.jax import operands, products
 from octavo.jax.dot import Plan, linear
 from octavo.jax.state import fresh, opened, tensors_of
 from octavo.recipes import NAMED, Recipe, delayed_scaling, get_recipe, on_hopper
@@ -180,3 +182,30 @@ def test_the_amax_of_subnormals_and_of_nan_is_exact() -> None:
         x = np.array(values * 9, np.float32)
         assert np.float32(jax.jit(operands.amax)(x)) == np.abs(x).max()
     assert np.isnan(jax.jit(operands.amax)(np.array([1.0, np.nan], np.float32)))
+
+
+@pytest.mark.parametrize(
+    "dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.float8_e4m3b11fnuz, jnp.float8_e5m2fnuz], ids=str
+)
+def test_every_code_widens_as_ml_dtypes_has_it(dtype: Any) -> None:
+    codes = np.arange(256, dtype=np.uint8).view(dtype)
+    wide = np.asarray(products.widened_float8(jnp.asarray(codes)))
+    np.testing.assert_array_equal(wide, codes.astype(np.float32))
+    there = ~np.isnan(wide)
+    np.testing.assert_array_equal(np.signbit(wide)[there], np.signbit(codes.astype(np.float32))[there])
+
+
+def test_a_donated_weight_is_updated_in_place() -> None:
+    layer = octavo.jax.DenseGeneral(48)
+    x = jnp.ones((16, 32))
+
+    def step(variables: Any) -> Any:
+        gradients = jax.grad(lambda variables: layer.apply(variables, x).sum())(variables)
+        params = jax.tree.map(lambda value, gradient: value - 0.1 * gradient, variables["params"], gradients["params"])
+        return {**gradients, "params": params}
+
+    with octavo.jax.autocast(recipe=delayed_scaling()):
+        variables = layer.init(jax.random.key(0), x)
+        compiled = jax.jit(step, donate_argnums=0).lower(variables).compile().as_text()
+    assert "f32[32,48]" in compiled
+    assert not re.search(r"f32\[32,48\]\S* copy\(", compiled)

@@ -1,5 +1,6 @@
 """The layers of linen and NNX: what transforms and contexts do to them, what they refuse, and what XLA is given."""
 
+import re
 import subprocess
 import sys
 import warnings
@@ -280,9 +281,16 @@ def test_xla_is_given_float8_operands(recipe: Any) -> None:
     with autocast(recipe=recipe):
         variables = jax.jit(MODEL.init)(KEY, X)
         assert check_fp8(jax.value_and_grad(loss), variables, X)
-        compiled = jax.jit(jax.grad(loss)).lower(variables, X).compile().as_text()
-    formats = {"f8e4m3fn"} | ({"f8e5m2"} if recipe.name in ("delayed_scaling", "current_scaling") else set())
-    assert all(f"{name}[" in compiled for name in formats)
+        traced = jax.jit(jax.grad(loss)).trace(variables, X)
+        here, elsewhere = traced.lower().as_text(), traced.lower(lowering_platforms=("cuda",)).as_text()
+    formats = {"f8E4M3FN"} | ({"f8E5M2"} if recipe.name in ("delayed_scaling", "current_scaling") else set())
+    assert all(f"x{name}>" in here for name in formats)
+    if recipe.name in ("delayed_scaling", "current_scaling"):
+        assert len(re.findall(r"dot_general.*: \(tensor<\w+xf8E4M3FN>, tensor<\w+xf8E4M3FN>\)", elsewhere)) > 0
+        assert (
+            len(re.findall(r"dot_general.*: \(tensor<\w+xf8E[45]M[23]\w*>, tensor<\w+xf8E[45]M[23]\w*>\)", elsewhere))
+            > 2
+        )
 
 
 def test_check_fp8_names_the_layer_that_does_not() -> None:

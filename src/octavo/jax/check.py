@@ -15,6 +15,8 @@ from octavo.jax.dot import SCOPE
 __all__ = ["check_fp8"]
 
 _PLACE = re.compile(rf"{SCOPE}:([^:()/]*):(\w+)")
+_WIDENING = "widened_float8"
+"""`octavo.jax.products.widened_float8`, as a jaxpr calls it."""
 _KEEPING = {
     "broadcast_in_dim",
     "convert_element_type",
@@ -79,7 +81,7 @@ def _walk(jaxpr: Jaxpr, given: list[bool], outer: str, found: list[tuple[str, st
             if named:
                 dtypes = [_dtype(var) for var, good in zip(eqn.invars, inputs, strict=True) if not good]
                 found.append((unquote(named[-1][0]), named[-1][1], dtypes))
-        elif eqn.primitive.name in _KEEPING:
+        elif eqn.primitive.name in _KEEPING or eqn.params.get("name") == _WIDENING:
             outputs = [any(inputs)] * len(outputs)
         for inner in _jaxprs(eqn):
             # The arguments of an inner jaxpr are the last of its equation's: a cond's index comes first.

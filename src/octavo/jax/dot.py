@@ -6,13 +6,14 @@ T tokens, I input features, O output features.  Flax's kernel is [I, O], the tra
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+import numpy as np
+from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from octavo.jax.mesh import max_over_mesh, summed_like
@@ -231,9 +232,21 @@ def _grad_kernel(plan: Plan, held: _Held, grad_output: Array, once: Operand | No
             if plan.input_once
             else cast(held.input, row.right, axis=0, scale=_scale(held.scales, "input"), number=7, **how)
         )
+        if right.scale is not None and "weight" in held.amaxes:
+            right = replace(right, scale=_after(held.amaxes["weight"], right.scale))
         if row.result is None:
             return product(right, left, row.accumulator)
         return as_decoded(product(left, right, row.accumulator), row.result, dtype=jnp.float32, number=8, **how).T
+
+
+def _after(amax: Array, scale: Array) -> Array:
+    """The scale, which on processors waits for the amax, never -1: the gradient of the weight then comes after all that reads the weight.
+
+    Else XLA, which orders by what depends on what, has a donated weight copied before it is updated in place.
+    """
+    wait = lambda amax, scale: jnp.where(amax == -1, np.float32(1), scale)  # noqa: E731
+    found: Array = lax.platform_dependent(amax, scale, cpu=wait, default=lambda _, scale: scale)
+    return found
 
 
 linear.defvjp(_forward, _backward, symbolic_zeros=True)
