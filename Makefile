@@ -43,6 +43,8 @@ bench: $(STAMP) ## the benchmarks, each beside its peers; writes benchmarks/resu
 	$(BIN)/python benchmarks/engine.py
 	$(BIN)/python benchmarks/engine_scaling.py
 	$(BIN)/python benchmarks/speedrun.py
+	$(BIN)/python benchmarks/replicas.py
+	$(BIN)/python benchmarks/validate.py
 
 gpu: $(STAMP) ## the tests and benchmarks that need a CUDA device; without one it says so
 	@$(BIN)/python -c "import sys, torch; sys.exit(torch.cuda.is_available())" \

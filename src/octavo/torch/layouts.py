@@ -1,6 +1,7 @@
 """Casts of tensors of any rank: how each lies as the operand matrices of a GEMM, and its values in float32 once it is cast.
 
-Products that are not those of a linear layer (convolutions, batches of matrices) run on these values in PyTorch's own operators.
+Products that are not those of a linear layer (convolutions, batches of matrices) run on these values, in PyTorch's own operators, or on
+narrow ones (`octavo.torch.bilinear_sums`).
 """
 
 from __future__ import annotations
