@@ -1,7 +1,7 @@
 """Products of an emulated model as a recipe has them: `octavo::product` and `octavo::product_backward`.
 
-They run the three GEMMs of a `Convolution` or a `MatrixProduct`: operands cast, their values multiplied by PyTorch in float32, results
-cast.  As in `octavo.torch.ops` a recipe travels as text, amaxes come out, and eager CPU tensors are not dispatched.
+They run the three GEMMs of a `Convolution` or a `MatrixProduct`: operands cast, multiplied (`octavo.torch.bilinear_sums`), results cast.
+As in `octavo.torch.ops` a recipe travels as text, amaxes come out, and eager CPU tensors are not dispatched.
 """
 
 from __future__ import annotations
