@@ -21,14 +21,13 @@ from hypothesis import strategies as st
 import octavo
 from octavo import Format, Overflow, Rounding, reference
 from octavo.formats import E2M1FN, E2M3FN, E3M2FN, E3M4FN, E4M3FN, E5M2, E8M0FNU, FORMATS
+from octavo.kernels.loops import CHUNK
 from octavo.rounding import random_bits
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = [np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16), BFLOAT16]
 BITS = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 SEED = 0xFEED_0123_4567_89AB
-CHUNK = 16384
-"""What a thread takes at a time: sizes on either side of it, and far beyond it, must give the same."""
 IN_ML_DTYPES = [format for format in FORMATS.values() if hasattr(ml_dtypes, format.name)]
 IN_TORCH = [
     ("float8_e4m3fn", Overflow.SATURATE),

@@ -18,7 +18,6 @@ __all__ = [
     "column_peaks",
     "e8m0",
     "float_scales",
-    "halved_magnitudes",
     "per_column",
     "two_level",
 ]
@@ -54,14 +53,6 @@ def column_peaks(x_i, peaks, fresh, skip_nan):
     else:
         for j in range(x_i.size):
             peaks[j] = I32(max(peaks[j], I32(x_i[j] & MAGNITUDE)))
-
-
-@compiled
-def halved_magnitudes(x_i, out):
-    """out[j] = the larger magnitude of x[2 j] and the next: `column_peaks` of one row and the first half of `block_peaks` at once."""
-    _wide_vectors()
-    for j in range(U64(x_i.size // 2)):
-        out[j] = I32(max(x_i[j * U64(2)] & MAGNITUDE, x_i[j * U64(2) + U64(1)] & MAGNITUDE))
 
 
 @compiled

@@ -19,7 +19,6 @@ from octavo.kernels.block_scales import (
     column_peaks,
     e8m0,
     float_scales,
-    halved_magnitudes,
     per_column,
     two_level,
 )
@@ -29,6 +28,7 @@ from octavo.kernels.element import (
     SIGN,
     U64,
     _bits,
+    _clamp,
     _directed,
     _drawn,
     _finish,
@@ -47,17 +47,25 @@ from octavo.kernels.loops import (
     NEAREST_AWAY,
     NEAREST_EVEN,
     STOCHASTIC,
+    STREAMED,
     TOWARD_ZERO,
-    _at,
-    _atomic_add,
-    _atomic_max,
-    _fill_random,
     _half_bits,
     _load,
-    _prefetch,
     _store_codes,
-    _wide_vectors,
 )
+from octavo.kernels.memory import address_of as _address_of
+from octavo.kernels.memory import ask as _ask
+from octavo.kernels.memory import at as _at
+from octavo.kernels.memory import atomic_add as _atomic_add
+from octavo.kernels.memory import atomic_max as _atomic_max
+from octavo.kernels.memory import claim as _claim
+from octavo.kernels.memory import fence as _fence
+from octavo.kernels.memory import keep as _keep
+from octavo.kernels.memory import stream as _stream
+from octavo.kernels.memory import wide_vectors as _wide_vectors
+from octavo.kernels.peaks import peaks_of_rows
+from octavo.kernels.philox import SLACK
+from octavo.kernels.philox import fill_random as _fill_random
 
 __all__ = ["BlockSlot", "cast_blocks"]
 
@@ -113,8 +121,8 @@ SOURCE_KIND, TARGET_KIND, NEXT, AMAX, RULE, SKIP_NAN, DECODED, ROUNDING = (int(s
 SEED, OFFSET, MANTISSA_BITS, BIAS, MAX_EXPONENT, INF_CODE, NAN_CODE = (int(slot) for slot in list(BlockSlot)[16:23])
 SIGN_MASK, NEGATIVE_ZERO, TOP, OVERFLOW, INF_BECOMES, MAXIMUM = (int(slot) for slot in list(BlockSlot)[23:29])
 EPSILON, ZERO_LIMIT, WHOLE, WHOLE_BACK, WHOLE_RECIPROCAL, END = (int(slot) for slot in list(BlockSlot)[29:])
-PIECE, GROUP = 1024, 8
-"""Elements rounded at a time while the memory of the next tile is asked for, and tiles that a thread takes at a time, if there are many."""
+STREAMED_PIECE, PIECE, GROUP = 256, 1024, 8
+"""Elements rounded at a time, where blocks allow it, fewer if memory has to keep up; and tiles that a thread takes, if there are many."""
 
 
 @compiled
@@ -144,42 +152,32 @@ def _round_nearest_to_bfloat16(x_f, factor, back, out, shift, e_min, limit, top,
 
 
 @compiled
-def _round_blocks(
-    x_f, factor, back, out, wide, decoded, shift, e_min, limit, top, over, inf, zero_sign, source, target, width
-):
-    """`_round_nearest` of whole blocks whose width is a multiple of 16, with a block's factors in a register.
-
-    source, target, width: what memory to ask for meanwhile, and the bytes of an element of target.
-    """
+def _round_blocks(x_f, factor, back, out, wide, decoded, shift, e_min, limit, top, over, inf, zero_sign):
+    """`_round_nearest` of whole blocks whose width is a multiple of 16, with a block's factors in a register."""
     _wide_vectors()
     sixteenths = U64(wide // 16)
     if _is_plain(top, over, inf, zero_sign):
         for b in range(U64(x_f.size // wide)):
             f, g = factor[b], back[b] if decoded else F32(1)
-            _prefetch(source + 4 * wide * b, target + width * wide * b, wide // 16)
             for k in range(b * sixteenths, b * sixteenths + sixteenths):
                 for j in range(k * U64(16), k * U64(16) + U64(16)):
                     out[j] = _real(_nearest_plain(x_f[j], f, shift, e_min, limit, top)) * g
         return
     for b in range(U64(x_f.size // wide)):
         f, g = factor[b], back[b] if decoded else F32(1)
-        _prefetch(source + 4 * wide * b, target + width * wide * b, wide // 16)
         for k in range(b * sixteenths, b * sixteenths + sixteenths):
             for j in range(k * U64(16), k * U64(16) + U64(16)):
                 out[j] = _real(_nearest(x_f[j], f, shift, e_min, limit, top, over, inf, zero_sign)) * g
 
 
 @compiled
-def _round_blocks_to_bfloat16(
-    x_f, factor, back, out, wide, decoded, shift, e_min, limit, top, over, inf, zero_sign, source, target, width
-):
+def _round_blocks_to_bfloat16(x_f, factor, back, out, wide, decoded, shift, e_min, limit, top, over, inf, zero_sign):
     """The same to bfloat16, to nearest even."""
     _wide_vectors()
     sixteenths = U64(wide // 16)
     if _is_plain(top, over, inf, zero_sign):
         for b in range(U64(x_f.size // wide)):
             f, g = factor[b], back[b] if decoded else F32(1)
-            _prefetch(source + 4 * wide * b, target + width * wide * b, wide // 16)
             for k in range(b * sixteenths, b * sixteenths + sixteenths):
                 for j in range(k * U64(16), k * U64(16) + U64(16)):
                     value = _real(_nearest_plain(x_f[j], f, shift, e_min, limit, top)) * g
@@ -187,7 +185,6 @@ def _round_blocks_to_bfloat16(
         return
     for b in range(U64(x_f.size // wide)):
         f, g = factor[b], back[b] if decoded else F32(1)
-        _prefetch(source + 4 * wide * b, target + width * wide * b, wide // 16)
         for k in range(b * sixteenths, b * sixteenths + sixteenths):
             for j in range(k * U64(16), k * U64(16) + U64(16)):
                 value = _real(_nearest(x_f[j], f, shift, e_min, limit, top, over, inf, zero_sign)) * g
@@ -206,9 +203,37 @@ def _round_directed(x_f, factor, back, out, shift, e_min, limit, top, over, inf,
 def _round_stochastic(x_f, factor, back, out, shift, e_min, limit, top, over, inf, zero_sign, draws):
     """As `_stochastic_to_float32` of loops.py, column by column."""
     _wide_vectors()
+    if _is_plain(top, over, inf, zero_sign):
+        for j in range(x_f.size):
+            r, u, a = _drawn(x_f[j], factor[j], shift, e_min, limit, draws[j])
+            out[j] = _real(_clamp(r, u, a, top)) * back[j]
+        return
     for j in range(x_f.size):
         r, u, a = _drawn(x_f[j], factor[j], shift, e_min, limit, draws[j])
         out[j] = _real(_finish(r, u, a, top, over, inf, zero_sign)) * back[j]
+
+
+@compiled
+def _round_blocks_stochastic(
+    x_f, factor, back, out, wide, decoded, shift, e_min, limit, top, over, inf, zero_sign, draws
+):
+    """`_round_blocks`, stochastically."""
+    _wide_vectors()
+    sixteenths = U64(wide // 16)
+    if _is_plain(top, over, inf, zero_sign):
+        for b in range(U64(x_f.size // wide)):
+            f, g = factor[b], back[b] if decoded else F32(1)
+            for k in range(b * sixteenths, b * sixteenths + sixteenths):
+                for j in range(k * U64(16), k * U64(16) + U64(16)):
+                    r, u, a = _drawn(x_f[j], f, shift, e_min, limit, draws[j])
+                    out[j] = _real(_clamp(r, u, a, top)) * g
+        return
+    for b in range(U64(x_f.size // wide)):
+        f, g = factor[b], back[b] if decoded else F32(1)
+        for k in range(b * sixteenths, b * sixteenths + sixteenths):
+            for j in range(k * U64(16), k * U64(16) + U64(16)):
+                r, u, a = _drawn(x_f[j], f, shift, e_min, limit, draws[j])
+                out[j] = _real(_finish(r, u, a, top, over, inf, zero_sign)) * g
 
 
 @compiled
@@ -235,16 +260,22 @@ def cast_blocks(arguments):
     zero_sign = SIGN if p[NEGATIVE_ZERO] else I32(0)
     half = F32(2) if mode == TOWARD_ZERO else F32(0.5) if mode == NEAREST_AWAY else F32(0)
     special = I32(254) if p[SKIP_NAN] else I32(255)
-    width = 4 if target == FLOAT32 else 1 if target == CODES else 2
+    form = (shift, e_min, limit, top, over, inf, zero_sign)
+    from_width, width = 4 if kind == FLOAT32 else 2, 4 if target == FLOAT32 else 1 if target == CODES else 2
+    step = STREAMED_PIECE if width * n_rows * n_columns >= STREAMED else PIECE
+    large = mode != STOCHASTIC and step == STREAMED_PIECE and p[SOURCE] != p[TARGET]
     tiles, block_columns = (n_columns + tile - 1) // tile, (n_columns + wide - 1) // wide
     most = (tile + wide - 1) // wide
-    loaded, rounded = np.empty(tile, np.float32), np.empty(tile, np.float32)
+    held = min(tile, max(step, wide))
+    loaded, rounded, narrowed = np.empty(tile, np.float32), np.empty(held, np.float32), np.empty(held, np.uint16)
     in_columns, in_blocks = np.empty(tile, np.int32), np.empty(most, np.int32)
     one, other = np.empty(tile + 16, np.int32), np.empty(tile + 16, np.int32)
     factor, back = np.empty(most, np.float32), np.empty(most, np.float32)
     column_factor, column_back = np.empty(tile, np.float32), np.ones(tile, np.float32)
-    pairs = np.empty(tile // 2 + 8 if mode == STOCHASTIC else 0, np.uint64)
-    draws = pairs.view(np.uint32)
+    draws = np.empty(held + SLACK + 4 if mode == STOCHASTIC else 0, np.uint32)
+    factors, backs, random = _address_of(factor), _address_of(back), _address_of(draws)
+    column_factors, column_backs = _address_of(column_factor), _address_of(column_back)
+    load_at, round_at, narrow_at = _address_of(loaded), _address_of(rounded), _address_of(narrowed)
     peak = I32(0)
     count = ((n_rows + high - 1) // high) * tiles
     drawn, last, group = 0, 0, min(GROUP, 1 + count // 16)
@@ -257,22 +288,21 @@ def cast_blocks(arguments):
         item, drawn = drawn, drawn + 1
         block_row, first = item // tiles, (item % tiles) * tile
         row, size = block_row * high, min(tile, n_columns - first)
+        beyond = ((item + 1) // tiles * high - row) * n_columns + (item + 1) % tiles * tile - first
         end, place = min(row + high, n_rows), block_row * block_columns + first // wide
-        x_f, x_i = loaded[:size], loaded[:size].view(np.int32)
-        halved = high == 1 and wide % 2 == 0 and size % wide == 0 and p[SKIP_NAN] == 0
+        x_i = loaded[:size].view(np.int32)
+        blocks = in_blocks[: (size + wide - 1) // wide]
+        in_rows = high == 1 and wide % 16 == 0 and size % wide == 0 and p[SKIP_NAN] == 0
         for r in range(row, end):
             start = r * n_columns + first
             if kind == FLOAT32:
                 x_i = carray(_at(p[SOURCE] + 4 * start), (size,), np.int32)
             else:
                 _load(carray(_at(p[SOURCE] + 2 * start), (size,), np.uint16), x_i, kind == BFLOAT16)
-            if halved:
-                halved_magnitudes(x_i, in_columns)
-            else:
+            if not in_rows:
                 column_peaks(x_i, in_columns[:size], r == row, p[SKIP_NAN] != 0)
-        blocks = in_blocks[: (size + wide - 1) // wide]
-        if halved:
-            block_peaks(in_columns[: size // 2], blocks, wide // 2, one, other)
+        if in_rows:
+            peaks_of_rows(x_i, blocks, wide, one)
         else:
             block_peaks(in_columns[:size], blocks, wide, one, other)
         for value in blocks:
@@ -287,55 +317,65 @@ def cast_blocks(arguments):
             emax = I32(p[MAX_EXPONENT])
             e8m0(blocks, codes, factor, back, rule, I32(m), emax, zero_limit, F32(1) / maximum, special)
         f, g = column_factor[:size], column_back[:size]
-        whole_blocks = mode == NEAREST_EVEN and wide % 16 == 0 and size % wide == 0
+        whole_blocks = mode in (NEAREST_EVEN, STOCHASTIC) and wide % 16 == 0 and size % wide == 0
         if not whole_blocks:
             per_column(factor, f, wide, one.view(np.float32), other.view(np.float32))
         if p[DECODED] and not whole_blocks:
             per_column(back, g, wide, one.view(np.float32), other.view(np.float32))
+        piece = step if not whole_blocks or wide % step == 0 else max(wide, step // wide * wide)
         for r in range(row, end):
             start = r * n_columns + first
-            if kind == FLOAT32:
-                x_f = carray(_at(p[SOURCE] + 4 * start), (size,), np.float32)
-            elif high > 1:
+            if kind != FLOAT32 and high > 1:
                 _load(carray(_at(p[SOURCE] + 2 * start), (size,), np.uint16), x_i, kind == BFLOAT16)
-            halves = carray(_at(p[TARGET] + 2 * start), (size,), np.uint16)
-            decoded = p[DECODED] != 0
-            piece = size if PIECE % wide else min(PIECE, size)
-            if not whole_blocks:
-                _prefetch(p[SOURCE] + 4 * (start + tile), p[TARGET] + width * (start + tile), (size + 15) // 16)
-            for q in range(0, size if whole_blocks else 0, piece):
-                next_source, next_target = p[SOURCE] + 4 * (start + tile + q), p[TARGET] + width * (start + tile + q)
-                ahead = (next_source, next_target, width)
-                f_q, g_q, x_q = factor[q // wide :], back[q // wide :], x_f[q : min(q + piece, size)]
-                if target == BFLOAT16:
-                    h_q = halves[q : min(q + piece, size)]
-                    _round_blocks_to_bfloat16(
-                        x_q, f_q, g_q, h_q, wide, decoded, shift, e_min, limit, top, over, inf, zero_sign, *ahead
-                    )
-                    continue
-                o_q = rounded[q : min(q + piece, size)]
+            for q in range(0, size, piece):
+                part = min(piece, size - q)
+                lies = p[SOURCE] + 4 * (start + q) if kind == FLOAT32 else load_at + 4 * q
+                into = p[TARGET] + width * (start + q)
+                # The next tile, which is read next; this one is in cache.
+                _ask(p[SOURCE] + from_width * (start + q + beyond), from_width * part)
+                streams = large and into % 64 == 0
+                if not streams:
+                    _claim(into + width * beyond, width * part)
+                ready = narrow_at if streams else into
+                middle = round_at if streams or target != FLOAT32 else into
+                x_f, out = carray(_at(lies), (part,), np.float32), carray(_at(middle), (part,), np.float32)
+                halves = carray(_at(ready), (part,), np.uint16)
+                # Not slices, whose counts of references cost as much as a few blocks.
+                one_each = q // wide if whole_blocks else q
+                f_q = carray(_at((factors if whole_blocks else column_factors) + 4 * one_each), (part,), np.float32)
+                g_q = carray(_at((backs if whole_blocks else column_backs) + 4 * one_each), (part,), np.float32)
+                run, decoded, lane = min(wide, part), p[DECODED] != 0, (p[OFFSET] + start + q) & 3
+                taken = carray(_at(random + 4 * lane), (part,), np.uint32)
+                if mode == STOCHASTIC:
+                    _fill_random(random, (part + lane + 3) // 4, (p[OFFSET] + start + q) >> 2, p[SEED])
+                if whole_blocks:
+                    if mode == STOCHASTIC:
+                        _round_blocks_stochastic(x_f, f_q, g_q, out, run, decoded, *form, taken)
+                    elif target == BFLOAT16:
+                        _round_blocks_to_bfloat16(x_f, f_q, g_q, halves, run, decoded, *form)
+                    else:
+                        _round_blocks(x_f, f_q, g_q, out, run, decoded, *form)
+                elif mode == NEAREST_EVEN and target == BFLOAT16:
+                    _round_nearest_to_bfloat16(x_f, f_q, g_q, halves, *form)
+                elif mode == NEAREST_EVEN:
+                    _round_nearest(x_f, f_q, g_q, out, *form)
+                elif mode == STOCHASTIC:
+                    _round_stochastic(x_f, f_q, g_q, out, *form, taken)
+                else:
+                    _round_directed(x_f, f_q, g_q, out, *form, half)
                 if target == FLOAT32:
-                    o_q = carray(_at(p[TARGET] + 4 * (start + q)), (x_q.size,), np.float32)
-                _round_blocks(x_q, f_q, g_q, o_q, wide, decoded, shift, e_min, limit, top, over, inf, zero_sign, *ahead)
-            if whole_blocks and target == BFLOAT16:
-                continue
-            if mode == NEAREST_EVEN and target == BFLOAT16:
-                _round_nearest_to_bfloat16(x_f, f, g, halves, shift, e_min, limit, top, over, inf, zero_sign)
-                continue
-            out = rounded[:size]
-            if target == FLOAT32:
-                out = carray(_at(p[TARGET] + 4 * start), (size,), np.float32)
-            if mode == NEAREST_EVEN and not whole_blocks:
-                _round_nearest(x_f, f, g, out, shift, e_min, limit, top, over, inf, zero_sign)
-            elif mode == STOCHASTIC:
-                lane = (p[OFFSET] + start) & 3
-                _fill_random(pairs, (size + lane + 3) // 4, (p[OFFSET] + start) >> 2, p[SEED])
-                _round_stochastic(x_f, f, g, out, shift, e_min, limit, top, over, inf, zero_sign, draws[lane:])
-            elif mode != NEAREST_EVEN:
-                _round_directed(x_f, f, g, out, shift, e_min, limit, top, over, inf, zero_sign, half)
-            if target == BFLOAT16:
-                _bfloat16_of(out.view(np.int32), halves)
-            elif target == CODES:
-                into = carray(_at(p[TARGET] + start), (size,), np.uint8)
-                _store_codes(out.view(np.int32), into, m, p[BIAS], p[INF_CODE], p[NAN_CODE], p[SIGN_MASK])
+                    ready = middle
+                elif target == BFLOAT16 and mode != NEAREST_EVEN:
+                    _bfloat16_of(out.view(np.int32), halves)
+                elif target == CODES:
+                    stored = carray(_at(ready), (part,), np.uint8)
+                    _store_codes(out.view(np.int32), stored, m, p[BIAS], p[INF_CODE], p[NAN_CODE], p[SIGN_MASK])
+                if streams:
+                    _stream(ready, into, width * part)
+    if large:
+        _fence()
+    for array in (rounded, column_factor, column_back):
+        _keep(array)
+    _keep(narrowed)
+    _keep(draws)
     _atomic_max(arguments + 8 * AMAX, np.int64(peak))

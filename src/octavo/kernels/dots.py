@@ -14,6 +14,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from octavo.kernels.vectors import I32, I64, loop, number, pointer, same, splat
+
 __all__ = [
     "LANES",
     "has_dots",
@@ -29,9 +31,9 @@ __all__ = [
 
 LANES = 16
 """float32 numbers in a vector."""
-_I64, _I32, _I16 = ir.IntType(64), ir.IntType(32), ir.IntType(16)
+_I16 = ir.IntType(16)
 _REAL = ir.VectorType(ir.FloatType(), LANES)
-_WORDS = ir.VectorType(_I32, LANES)
+_WORDS = ir.VectorType(I32, LANES)
 
 
 class _BFloat(ir.HalfType):  # type: ignore[misc]
@@ -52,54 +54,11 @@ def has_dots() -> bool:
     return bool(binding.get_host_cpu_features().get("avx512bf16", False))
 
 
-def _number(value: int) -> Any:
-    return ir.Constant(_I64, value)
-
-
-def _pointer(builder: Any, address: Any, offset: int, kind: Any) -> Any:
-    return builder.inttoptr(builder.add(address, _number(offset)) if offset else address, kind.as_pointer())
-
-
 def _dot(builder: Any, sums: Any, one: Any, other: Any) -> Any:
     """sums + one . other, pair by pair; one, other: 16 words of two bfloat16 numbers each."""
     form = ir.FunctionType(_REAL, [_REAL, _PAIRS, _PAIRS])
     function = cgutils.get_or_insert_function(builder.module, form, "llvm.x86.avx512bf16.dpbf16ps.512")
     return builder.call(function, [sums, builder.bitcast(one, _PAIRS), builder.bitcast(other, _PAIRS)])
-
-
-def _splat(builder: Any, value: Any, kind: Any) -> Any:
-    first = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(_I32, 0))
-    return builder.shuffle_vector(first, ir.Constant(kind, ir.Undefined), ir.Constant(_WORDS, [0] * LANES))
-
-
-def _zeros(kind: Any) -> Any:
-    return ir.Constant(kind, [ir.Constant(kind.element, 0)] * LANES)
-
-
-def _loop(builder: Any, count: Any, carried: list[Any], body: Any) -> list[Any]:
-    """`carried = body(step, carried)` for step in 0 .. count - 1; what is carried at the end."""
-    entry = builder.block
-    head, end = builder.append_basic_block("step"), builder.append_basic_block("stepped")
-    builder.cbranch(builder.icmp_signed(">", count, _number(0)), head, end)
-    builder.position_at_end(head)
-    step = builder.phi(_I64)
-    now = [builder.phi(value.type) for value in carried]
-    after = body(step, now)
-    following, last = builder.add(step, _number(1)), builder.block
-    step.add_incoming(_number(0), entry)
-    step.add_incoming(following, last)
-    for phi, first, value in zip(now, carried, after, strict=True):
-        phi.add_incoming(first, entry)
-        phi.add_incoming(value, last)
-    builder.cbranch(builder.icmp_signed("<", following, count), head, end)
-    builder.position_at_end(end)
-    found = []
-    for first, value in zip(carried, after, strict=True):
-        phi = builder.phi(first.type)
-        phi.add_incoming(first, entry)
-        phi.add_incoming(value, last)
-        found.append(phi)
-    return found
 
 
 def rows_tile(rows: int, vectors: int) -> Any:
@@ -118,25 +77,25 @@ def rows_tile(rows: int, vectors: int) -> Any:
             def along_taps(step: Any, carried: list[Any]) -> list[Any]:
                 here, w, *sums = carried
                 offset = builder.load(
-                    builder.inttoptr(builder.add(offsets, builder.shl(step, _number(3))), _I64.as_pointer())
+                    builder.inttoptr(builder.add(offsets, builder.shl(step, number(3))), I64.as_pointer())
                 )
                 start = builder.add(here, offset)
-                across = [builder.load(_pointer(builder, start, 64 * j, _WORDS), align=2) for j in range(vectors)]
+                across = [builder.load(pointer(builder, start, 64 * j, _WORDS), align=2) for j in range(vectors)]
                 added = []
                 for r in range(rows):
-                    word = _splat(builder, builder.load(_pointer(builder, w, 4 * r, _I32), align=4), _WORDS)
+                    word = splat(builder, builder.load(pointer(builder, w, 4 * r, I32), align=4), _WORDS)
                     added += [_dot(builder, sums[r * vectors + j], across[j], word) for j in range(vectors)]
-                return [here, builder.add(w, _number(4 * rows)), *added]
+                return [here, builder.add(w, number(4 * rows)), *added]
 
             def along_planes(step: Any, carried: list[Any]) -> list[Any]:
-                here, w, *sums = _loop(builder, taps, carried, along_taps)
+                here, w, *sums = loop(builder, taps, carried, along_taps)
                 return [builder.add(here, plane), w, *sums]
 
-            start = [x, w, *[_zeros(_REAL)] * len(cells)]
-            _, _, *sums = _loop(builder, planes, start, along_planes)
+            start = [x, w, *[same(_REAL, 0)] * len(cells)]
+            _, _, *sums = loop(builder, planes, start, along_planes)
             for (r, j), found in zip(cells, sums, strict=True):
-                row = builder.add(out, builder.mul(pitch, _number(r)))
-                builder.store(found, _pointer(builder, row, 64 * j, _REAL), align=4)
+                row = builder.add(out, builder.mul(pitch, number(r)))
+                builder.store(found, pointer(builder, row, 64 * j, _REAL), align=4)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 8), generate
@@ -155,8 +114,8 @@ def shifts_tile(rows: int, columns: int) -> Any:
     def tile(typing_context, g, g_row, g_sample, x, offsets, x_sample, samples, steps, out, pitch):
         def generate(context, builder, signature, arguments):
             g, g_row, g_sample, x, offsets, x_sample, samples, steps, out, pitch = arguments
-            shifts = [builder.load(_pointer(builder, offsets, 8 * j, _I64)) for j in range(columns)]
-            downs = [builder.mul(g_row, _number(r)) for r in range(rows)]
+            shifts = [builder.load(pointer(builder, offsets, 8 * j, I64)) for j in range(columns)]
+            downs = [builder.mul(g_row, number(r)) for r in range(rows)]
 
             def along(step: Any, carried: list[Any]) -> list[Any]:
                 g, x, *sums = carried
@@ -169,20 +128,20 @@ def shifts_tile(rows: int, columns: int) -> Any:
                     across = builder.load(builder.inttoptr(builder.add(x, shifts[j]), _WORDS.as_pointer()), align=2)
                     for r in range(rows):
                         added[r * columns + j] = _dot(builder, sums[r * columns + j], down[r], across)
-                return [builder.add(g, _number(64)), builder.add(x, _number(64)), *added]
+                return [builder.add(g, number(64)), builder.add(x, number(64)), *added]
 
             def over_samples(step: Any, carried: list[Any]) -> list[Any]:
                 g, x, *sums = carried
-                _, _, *added = _loop(builder, steps, [g, x, *sums], along)
+                _, _, *added = loop(builder, steps, [g, x, *sums], along)
                 return [builder.add(g, g_sample), builder.add(x, x_sample), *added]
 
-            _, _, *sums = _loop(builder, samples, [g, x, *[_zeros(_REAL)] * (rows * columns)], over_samples)
+            _, _, *sums = loop(builder, samples, [g, x, *[same(_REAL, 0)] * (rows * columns)], over_samples)
             form = ir.FunctionType(ir.FloatType(), [ir.FloatType(), _REAL])
             reduce = cgutils.get_or_insert_function(builder.module, form, "llvm.vector.reduce.fadd.v16f32")
-            for number, found in enumerate(sums):
-                r, j = divmod(number, columns)
-                row = builder.add(out, builder.mul(pitch, _number(r)))
-                target = _pointer(builder, row, 4 * j, ir.FloatType())
+            for place, found in enumerate(sums):
+                r, j = divmod(place, columns)
+                row = builder.add(out, builder.mul(pitch, number(r)))
+                target = pointer(builder, row, 4 * j, ir.FloatType())
                 total = builder.call(reduce, [ir.Constant(ir.FloatType(), 0.0), found], fastmath=("reassoc",))
                 builder.store(builder.fadd(builder.load(target, align=4), total), target, align=4)
             return context.get_dummy_value()
@@ -194,30 +153,28 @@ def shifts_tile(rows: int, columns: int) -> Any:
 
 def _mask(builder: Any, left: Any, lanes: int) -> Any:
     """Which of so many lanes are among the first `left`."""
-    kind = ir.VectorType(_I32, lanes)
+    kind = ir.VectorType(I32, lanes)
     places = ir.Constant(kind, list(range(lanes)))
-    first = builder.insert_element(ir.Constant(kind, ir.Undefined), builder.trunc(left, _I32), ir.Constant(_I32, 0))
-    many = builder.shuffle_vector(first, ir.Constant(kind, ir.Undefined), ir.Constant(kind, [0] * lanes))
-    return builder.icmp_signed("<", places, many)
+    return builder.icmp_signed("<", places, splat(builder, builder.trunc(left, I32), kind))
 
 
 def _masked_load(builder: Any, address: Any, kind: Any, mask: Any, name: str, align: int) -> Any:
-    form = ir.FunctionType(kind, [kind.as_pointer(), _I32, mask.type, kind])
+    form = ir.FunctionType(kind, [kind.as_pointer(), I32, mask.type, kind])
     function = cgutils.get_or_insert_function(builder.module, form, f"llvm.masked.load.{name}.p0")
-    zero = ir.Constant(kind, [ir.Constant(kind.element, 0)] * kind.count)
-    return builder.call(function, [builder.inttoptr(address, kind.as_pointer()), ir.Constant(_I32, align), mask, zero])
+    where = builder.inttoptr(address, kind.as_pointer())
+    return builder.call(function, [where, ir.Constant(I32, align), mask, same(kind, 0)])
 
 
 def _numbers(builder: Any, base: Any, step: Any, count: Any, lanes: int, wide: bool) -> Any:
     """The step-th `lanes` of so many bfloat16 numbers, as words, or of float32 that bfloat16 holds; zero past the end."""
-    kind = ir.VectorType(_I32 if wide else _I16, lanes)
+    kind = ir.VectorType(I32 if wide else _I16, lanes)
     size = 4 if wide else 2
-    left = builder.sub(count, builder.mul(step, _number(lanes)))
-    address = builder.add(base, builder.mul(step, _number(size * lanes)))
+    left = builder.sub(count, builder.mul(step, number(lanes)))
+    address = builder.add(base, builder.mul(step, number(size * lanes)))
     form = f"v{lanes}i{8 * size}"
     found = _masked_load(builder, address, kind, _mask(builder, left, lanes), form, size)
-    words = ir.VectorType(_I32, lanes)
-    return builder.lshr(found, ir.Constant(words, [16] * lanes)) if wide else builder.zext(found, words)
+    words = ir.VectorType(I32, lanes)
+    return builder.lshr(found, same(words, 16)) if wide else builder.zext(found, words)
 
 
 def _spread_pairs(wide: bool) -> Any:
@@ -231,17 +188,17 @@ def _spread_pairs(wide: bool) -> Any:
     def spread(typing_context, low, high, both, out, count):
         def generate(context, builder, signature, arguments):
             low, high, both, out, count = arguments
-            kept = _splat(builder, builder.trunc(builder.neg(both), _I32), _WORDS)
+            kept = splat(builder, builder.trunc(builder.neg(both), I32), _WORDS)
 
             def body(step: Any, carried: list[Any]) -> list[Any]:
                 one, other = (_numbers(builder, base, step, count, LANES, wide) for base in (low, high))
-                other = builder.and_(builder.shl(other, ir.Constant(_WORDS, [16] * LANES)), kept)
+                other = builder.and_(builder.shl(other, same(_WORDS, 16)), kept)
                 word = builder.or_(one, other)
-                target = builder.add(out, builder.mul(step, _number(4 * LANES)))
+                target = builder.add(out, builder.mul(step, number(4 * LANES)))
                 builder.store(word, builder.inttoptr(target, _WORDS.as_pointer()), align=4)
                 return []
 
-            _loop(builder, builder.ashr(builder.add(count, _number(LANES - 1)), _number(4)), [], body)
+            loop(builder, builder.ashr(builder.add(count, number(LANES - 1)), number(4)), [], body)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 5), generate
@@ -261,11 +218,11 @@ def _spread_row(wide: bool) -> Any:
 
             def body(step: Any, carried: list[Any]) -> list[Any]:
                 values = builder.trunc(_numbers(builder, source, step, count, lanes, wide), kind)
-                target = builder.add(out, builder.mul(step, _number(2 * lanes)))
+                target = builder.add(out, builder.mul(step, number(2 * lanes)))
                 builder.store(values, builder.inttoptr(target, kind.as_pointer()), align=2)
                 return []
 
-            _loop(builder, builder.sdiv(builder.add(count, _number(lanes - 1)), _number(lanes)), [], body)
+            loop(builder, builder.sdiv(builder.add(count, number(lanes - 1)), number(lanes)), [], body)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 3), generate
@@ -282,12 +239,9 @@ def _rounded(builder: Any, values: Any, words: list[Any]) -> tuple[Any, Any]:
     shift, least, limit, top, over, infinite, zero_sign = words
     top, over, infinite = (builder.bitcast(word, _REAL) for word in (top, over, infinite))
 
-    def same(number: int) -> Any:
-        return ir.Constant(_WORDS, [number] * LANES)
-
-    inf = same(0x7F800000)
+    inf = same(_WORDS, 0x7F800000)
     bits = builder.bitcast(values, _WORDS)
-    a = builder.and_(bits, same(0x7FFFFFFF))
+    a = builder.and_(bits, same(_WORDS, 0x7FFFFFFF))
     c = builder.select(builder.icmp_signed("<", a, limit), a, limit)
     e = builder.and_(c, inf)
     e = builder.add(builder.select(builder.icmp_signed(">", e, least), e, least), shift)
@@ -295,9 +249,9 @@ def _rounded(builder: Any, values: Any, words: list[Any]) -> tuple[Any, Any]:
     r = builder.fsub(builder.fadd(builder.bitcast(c, _REAL), magic), magic)
     r = builder.select(builder.fcmp_ordered(">", r, top), over, r)
     r = builder.select(builder.icmp_signed("==", a, inf), infinite, r)
-    r = builder.select(builder.icmp_signed(">", a, inf), builder.bitcast(same(0x7FC00000), _REAL), r)
-    sign = builder.and_(bits, same(-0x80000000))
-    zero = builder.fcmp_ordered("==", r, _zeros(_REAL))
+    r = builder.select(builder.icmp_signed(">", a, inf), builder.bitcast(same(_WORDS, 0x7FC00000), _REAL), r)
+    sign = builder.and_(bits, same(_WORDS, -0x80000000))
+    zero = builder.fcmp_ordered("==", r, same(_REAL, 0))
     sign = builder.select(zero, builder.and_(sign, zero_sign), sign)
     return builder.bitcast(builder.or_(builder.bitcast(r, _WORDS), sign), _REAL), a
 
@@ -313,32 +267,32 @@ def _move_row(rounds: bool) -> Any:
     def move(typing_context, source, out, count, factor, bias, words, peaks):
         def generate(context, builder, signature, arguments):
             source, out, count, factor, bias, words, peaks = arguments
-            factors, biases = _splat(builder, factor, _REAL), _splat(builder, bias, _REAL)
+            factors, biases = splat(builder, factor, _REAL), splat(builder, bias, _REAL)
             modes, carried = [], []
             if rounds:
-                found = [builder.load(_pointer(builder, words, 4 * i, _I32), align=4) for i in range(7)]
-                modes = [_splat(builder, word, _WORDS) for word in found]
+                found = [builder.load(pointer(builder, words, 4 * i, I32), align=4) for i in range(7)]
+                modes = [splat(builder, word, _WORDS) for word in found]
                 carried = [builder.load(builder.inttoptr(peaks, _WORDS.as_pointer()), align=4)]
 
             def body(step: Any, carried: list[Any]) -> list[Any]:
-                moved = builder.mul(step, _number(4 * LANES))
-                mask = _mask(builder, builder.sub(count, builder.mul(step, _number(LANES))), LANES)
+                moved = builder.mul(step, number(4 * LANES))
+                mask = _mask(builder, builder.sub(count, builder.mul(step, number(LANES))), LANES)
                 values = builder.load(builder.inttoptr(builder.add(source, moved), _REAL.as_pointer()), align=4)
                 values = builder.fadd(builder.fmul(values, factors), biases)
                 after = []
                 if rounds:
                     values, magnitudes = _rounded(builder, values, modes)
-                    magnitudes = builder.select(mask, magnitudes, _zeros(_WORDS))
+                    magnitudes = builder.select(mask, magnitudes, same(_WORDS, 0))
                     larger = builder.icmp_signed(">", magnitudes, carried[0])
                     after = [builder.select(larger, magnitudes, carried[0])]
-                form = ir.FunctionType(ir.VoidType(), [_REAL, _REAL.as_pointer(), _I32, mask.type])
+                form = ir.FunctionType(ir.VoidType(), [_REAL, _REAL.as_pointer(), I32, mask.type])
                 function = cgutils.get_or_insert_function(builder.module, form, "llvm.masked.store.v16f32.p0")
                 target = builder.inttoptr(builder.add(out, moved), _REAL.as_pointer())
-                builder.call(function, [values, target, ir.Constant(_I32, 4), mask])
+                builder.call(function, [values, target, ir.Constant(I32, 4), mask])
                 return after
 
-            steps = builder.ashr(builder.add(count, _number(LANES - 1)), _number(4))
-            for peak in _loop(builder, steps, carried, body):
+            steps = builder.ashr(builder.add(count, number(LANES - 1)), number(4))
+            for peak in loop(builder, steps, carried, body):
                 builder.store(peak, builder.inttoptr(peaks, _WORDS.as_pointer()), align=4)
             return context.get_dummy_value()
 

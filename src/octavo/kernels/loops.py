@@ -36,21 +36,26 @@ from octavo.kernels.element import (
     compiled,
     kernel,
 )
+from octavo.kernels.memory import address_of as _address_of
+from octavo.kernels.memory import ask as _ask
 from octavo.kernels.memory import at as _at
 from octavo.kernels.memory import atomic_add as _atomic_add
 from octavo.kernels.memory import atomic_max as _atomic_max
-from octavo.kernels.memory import prefetch as _prefetch
+from octavo.kernels.memory import claim as _claim
+from octavo.kernels.memory import fence as _fence
+from octavo.kernels.memory import stream as _stream
 from octavo.kernels.memory import wide_vectors as _wide_vectors
+from octavo.kernels.philox import SLACK
 from octavo.kernels.philox import fill_random as _fill_random
 
 __all__ = ["CHUNK", "Kind", "Slot", "amax", "cast32"]
 
-CHUNK = 16384
-"""Elements a thread takes at a time: a multiple of 4 (Philox's block), small enough for the second-level cache."""
-TILE, AHEAD = 256, 1024
+TILE, AHEAD = 384, 1152
 """Elements rounded at a time, and how far ahead of them memory is asked for: else each store would wait to read what it overwrites."""
-SPAN = 2 * TILE
-"""The same in the other modes."""
+CHUNK = 42 * TILE
+"""Elements a thread takes at a time: a multiple of 4 (Philox's block), small enough for the second-level cache."""
+STREAMED = 1 << 25
+"""Bytes from which a result is written past the caches, as it would not stay in them: then memory need not read what is overwritten."""
 
 
 class Kind(enum.IntEnum):
@@ -241,83 +246,66 @@ def cast32(arguments):
     limit = I32(((p[MAX_CODE] >> m) - p[BIAS] + 129) << 23)  # 2**(emax + 2)
     zero_sign = SIGN if p[NEGATIVE_ZERO] else I32(0)
     half = F32(2) if mode == TOWARD_ZERO else F32(0.5) if mode == NEAREST_AWAY else F32(0)
-    loaded, rounded = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
-    pairs, lane = np.empty(SPAN // 2 + 8 if mode == STOCHASTIC else 0, np.uint64), p[OFFSET] & 3
+    loaded, rounded, narrowed = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.uint16)
+    words, lane = np.empty(TILE + SLACK + 4 if mode == STOCHASTIC else 0, np.uint32), p[OFFSET] & 3
     narrow = mode == NEAREST_EVEN and target == BFLOAT16 and divisor == F32(1)
-    direct, width = narrow or target == FLOAT32, 2 if narrow else 4
-    # In place, the compiler could not know that no element is read after it was written: such a chunk is copied first.
+    from_width, width = 4 if kind == FLOAT32 else 2, 4 if target == FLOAT32 else 1 if target == CODES else 2
+    # In place, the compiler could not know that no element is read after it was written: such a tile is copied first.
     apart = kind == FLOAT32 and p[SOURCE] != p[TARGET]
+    streams = mode != STOCHASTIC and width * n >= STREAMED and p[TARGET] % 64 == 0 and p[SOURCE] != p[TARGET]
     peak = I32(0)
     while True:
         start = _atomic_add(arguments + 8 * NEXT_CHUNK, 1) * CHUNK
         if start >= n:
             break
-        size = min(CHUNK, n - start)
-        x_f, x_i, out = loaded[:size], loaded[:size].view(np.int32), rounded[:size]
-        if apart:
-            x_f = carray(_at(p[SOURCE] + 4 * start), (size,), np.float32)
-            x_i = carray(_at(p[SOURCE] + 4 * start), (size,), np.int32)
-        elif kind == FLOAT32:
-            _copy(carray(_at(p[SOURCE] + 4 * start), (size,), np.int32), x_i)
-        else:
-            _load(carray(_at(p[SOURCE] + 2 * start), (size,), np.uint16), x_i, kind == BFLOAT16)
-        if target == FLOAT32:
-            out = carray(_at(p[TARGET] + 4 * start), (size,), np.float32)
-        halves = carray(_at(p[TARGET] + 2 * start), (size,), np.uint16)
-        source = p[SOURCE] + 4 * start if apart else loaded.ctypes.data
-        into = p[TARGET] + width * start if direct else rounded.ctypes.data
-        found = I32(0)
-        if mode == NEAREST_EVEN:
-            tiled = size - size % TILE
-            for t in range(0, tiled, TILE):
-                if apart:
-                    _prefetch(source + 4 * (t + AHEAD), into + width * (t + AHEAD), TILE // 16)
-                f = carray(_at(source + 4 * t), (TILE,), np.float32)
-                b = carray(_at(source + 4 * t), (TILE,), np.int32)
-                if narrow:
-                    o = carray(_at(into + 2 * t), (TILE,), np.uint16)
-                    part = _nearest_to_bfloat16(f, b, o, scale, shift, e_min, limit, top, over, inf, zero_sign)
-                else:
-                    o = carray(_at(into + 4 * t), (TILE,), np.float32)
-                    part = _nearest_to_float32(f, b, o, scale, divisor, shift, e_min, limit, top, over, inf, zero_sign)
-                found = max(found, part)
-            f, b = x_f[tiled:], x_i[tiled:]
-            if narrow:
-                part = _nearest_to_bfloat16(f, b, halves[tiled:], scale, shift, e_min, limit, top, over, inf, zero_sign)
+        end = min(start + CHUNK, n)
+        for t in range(start, end, TILE):
+            size = min(TILE, end - t)
+            source, into = p[SOURCE] + from_width * t, p[TARGET] + width * t
+            _ask(source + from_width * AHEAD, from_width * size)
+            if not streams:
+                _claim(into + width * AHEAD, width * size)
+            place, ready = _address_of(loaded), _address_of(narrowed) if streams else into
+            if apart:
+                place = source
+            elif kind == FLOAT32:
+                _copy(carray(_at(source), (size,), np.int32), carray(_at(place), (size,), np.int32))
             else:
-                part = _nearest_to_float32(
-                    f, b, out[tiled:], scale, divisor, shift, e_min, limit, top, over, inf, zero_sign
-                )
-            found = max(found, part)
-        else:
-            for t in range(0, size, SPAN):
-                part = min(SPAN, size - t)
-                if apart:
-                    _prefetch(source + 4 * (t + AHEAD), into + width * (t + AHEAD), part // 16)
-                f = carray(_at(source + 4 * t), (part,), np.float32)
-                b = carray(_at(source + 4 * t), (part,), np.int32)
-                o = carray(_at(into + 4 * t), (part,), np.float32)
-                if mode == STOCHASTIC:
-                    _fill_random(pairs, (part + lane + 3) // 4, (p[OFFSET] + start + t) >> 2, p[SEED])
-                    d = carray(_at(pairs.ctypes.data + 4 * lane), (part,), np.uint32)
+                bits = carray(_at(place), (size,), np.int32)
+                _load(carray(_at(source), (size,), np.uint16), bits, kind == BFLOAT16)
+            f, b = carray(_at(place), (size,), np.float32), carray(_at(place), (size,), np.int32)
+            halves = carray(_at(ready), (size,), np.uint16)
+            if narrow:
+                seen = _nearest_to_bfloat16(f, b, halves, scale, shift, e_min, limit, top, over, inf, zero_sign)
+            else:
+                middle = _address_of(rounded) if streams or target != FLOAT32 else into
+                o, r = carray(_at(middle), (size,), np.float32), carray(_at(middle), (size,), np.int32)
+                if mode == NEAREST_EVEN:
+                    seen = _nearest_to_float32(f, b, o, scale, divisor, shift, e_min, limit, top, over, inf, zero_sign)
+                elif mode == STOCHASTIC:
+                    _fill_random(_address_of(words), (size + lane + 3) // 4, (p[OFFSET] + t) >> 2, p[SEED])
+                    draws = carray(_at(_address_of(words) + 4 * lane), (size,), np.uint32)
                     seen = _stochastic_to_float32(
-                        f, b, o, scale, divisor, shift, e_min, limit, top, over, inf, zero_sign, d
+                        f, b, o, scale, divisor, shift, e_min, limit, top, over, inf, zero_sign, draws
                     )
                 else:
                     seen = _directed_to_float32(
                         f, b, o, scale, divisor, shift, e_min, limit, top, over, inf, zero_sign, half
                     )
-                found = max(found, seen)
-        peak = max(peak, found)
-        if narrow:
-            continue
-        if target == BFLOAT16:
-            _store_bfloat16(out.view(np.int32), halves)
-        elif target == FLOAT16:
-            _store_float16(out.view(np.int32), halves)
-        elif target == CODES:
-            codes = carray(_at(p[TARGET] + start), (size,), np.uint8)
-            _store_codes(out.view(np.int32), codes, m, p[BIAS], p[INF_CODE], p[NAN_CODE], p[SIGN_MASK])
+                if target == FLOAT32:
+                    ready = middle
+                elif target == BFLOAT16:
+                    _store_bfloat16(r, halves)
+                elif target == FLOAT16:
+                    _store_float16(r, halves)
+                else:
+                    codes = carray(_at(ready), (size,), np.uint8)
+                    _store_codes(r, codes, m, p[BIAS], p[INF_CODE], p[NAN_CODE], p[SIGN_MASK])
+            peak = max(peak, seen)
+            if streams:
+                _stream(ready, into, width * size)
+    if streams:
+        _fence()
     _atomic_max(arguments + 8 * AMAX, np.int64(peak))
 
 

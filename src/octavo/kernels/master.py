@@ -16,7 +16,7 @@ from numba import carray
 from octavo.formats import Format
 from octavo.kernels import cpu, memory, philox, threads
 from octavo.kernels.element import F32, I32, INF, MAGNITUDE, NAN, SIGN, U64, _bits, compiled, kernel
-from octavo.kernels.loops import CHUNK, SPAN
+from octavo.kernels.loops import CHUNK, SLACK, TILE
 
 __all__ = ["round_in_place"]
 
@@ -80,16 +80,15 @@ def _chunks(arguments: Any) -> None:
     p = carray(_at(arguments), (SLOTS,), np.int64)
     m, e_min, max_code, infinite = I32(p[MANTISSA_BITS]), I32(p[E_MIN]), I32(p[MAX_CODE]), I32(p[INF_BECOMES])
     zero_sign, smallest = I32(p[ZERO_SIGN]), I32(p[SMALLEST]).view(np.float32)
-    pairs = np.empty(SPAN // 2 + 8, np.uint64)
-    draws = pairs.view(np.uint32)
+    draws = np.empty(TILE + SLACK, np.uint32)
     while True:
         start = _atomic_add(arguments + 8 * NEXT_CHUNK, 1) * CHUNK
         if start >= p[SIZE]:
             break
         end = min(start + CHUNK, p[SIZE])
-        for t in range(start, end, SPAN):
-            size = min(SPAN, end - t)
-            _fill_random(pairs, (size + 3) // 4, (p[OFFSET] + t) >> 2, p[SEED])
+        for t in range(start, end, TILE):
+            size = min(TILE, end - t)
+            _fill_random(draws.ctypes.data, (size + 3) // 4, (p[OFFSET] + t) >> 2, p[SEED])
             x = carray(_at(p[ADDRESS] + 4 * t), (size,), np.int32)
             _round_all(x, draws[:size], m, e_min, max_code, infinite, zero_sign, smallest)
 

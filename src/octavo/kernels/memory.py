@@ -1,22 +1,30 @@
-"""Pointers, atomic counters and prefetching for the compiled kernels."""
+"""Pointers, atomic counters, prefetching and streaming for the compiled kernels."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from octavo.kernels.vectors import I32
+
 __all__ = [
+    "address_of",
+    "ask",
     "at",
     "atomic_add",
     "atomic_max",
+    "claim",
+    "fence",
     "fma",
+    "keep",
     "ordered_add",
     "ordered_exchange",
-    "prefetch",
+    "stream",
     "to_read",
     "to_write",
     "wide_vectors",
@@ -52,6 +60,20 @@ def at(typing_context, address):
         return builder.inttoptr(arguments[0], cgutils.voidptr_t)
 
     return types.voidptr(types.int64), generate
+
+
+@njit(cache=True)
+def address_of(array):
+    """Where an array begins, as an int64: of the unsigned number that it is, Numba would make float64 beside another.
+
+    The array lives until it is last named, whatever is done with its address: see `keep`.
+    """
+    return np.int64(array.ctypes.data)
+
+
+@njit(cache=True)
+def keep(array):
+    """Name an array whose address was in use until here."""
 
 
 @intrinsic
@@ -98,8 +120,49 @@ to_read, to_write = _prefetch_line(False), _prefetch_line(True)
 
 
 @njit(cache=True)
-def prefetch(source, target, lines):
-    """Ask for `lines` cache lines from `source` on, to read them, and from `target` on, to overwrite them."""
+def ask(address, size):
+    """Ask for so many bytes from an address on, to read them."""
+    for byte in range(0, size, 64):
+        to_read(address + byte)
+
+
+@njit(cache=True)
+def claim(address, size):
+    """Ask for so many bytes from an address on, to overwrite them."""
+    for byte in range(0, size, 64):
+        to_write(address + byte)
+
+
+@intrinsic
+def fence(typing_context):
+    """Nothing that was written before, streamed or not, is seen by another thread after what is written next."""
+
+    def generate(context, builder, signature, arguments):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic
+def _stream_line(typing_context, source, target):
+    """64 bytes from one address to another, itself a multiple of 64, past the caches: what lies there is not read first."""
+    line = ir.VectorType(I32, 16)
+
+    def generate(context, builder, signature, arguments):
+        source, target = (builder.inttoptr(address, line.as_pointer()) for address in arguments)
+        stored = builder.store(builder.load(source, align=1), target, align=64)
+        stored.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(I32, 1)]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@njit(cache=True)
+def stream(source, target, size):
+    """Copy `size` bytes to a target that starts a cache line, past the caches; `fence` before another thread may look."""
+    lines = size // 64
     for line in range(lines):
-        to_read(source + 64 * line)
-        to_write(target + 64 * line)
+        _stream_line(source + 64 * line, target + 64 * line)
+    rest = size - 64 * lines
+    carray(at(target + 64 * lines), (rest,), np.uint8)[:] = carray(at(source + 64 * lines), (rest,), np.uint8)

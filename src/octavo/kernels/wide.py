@@ -31,6 +31,7 @@ from octavo.kernels.loops import (
     SEED,
     SIGN_MASK,
     SIZE,
+    SLACK,
     SLOTS,
     SOURCE,
     SOURCE_KIND,
@@ -90,8 +91,7 @@ def cast64(arguments):
     scale, divisor = _real64(p[SCALE]), _real64(p[DIVISOR])
     values = carray(_at(p[VALUES]), (256,), np.float32)
     loaded, rounded = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
-    pairs = np.zeros(CHUNK // 2 + 4, np.uint64)
-    draws = pairs.view(np.uint32)
+    draws = np.zeros(CHUNK + SLACK + 4, np.uint32)
     peak = np.int64(0)
     while True:
         start = _atomic_add(arguments + 8 * NEXT_CHUNK, 1) * CHUNK
@@ -104,7 +104,7 @@ def cast64(arguments):
         elif kind != FLOAT64:
             _load(carray(_at(p[SOURCE] + 2 * start), (size,), np.uint16), loaded.view(np.int32), kind == BFLOAT16)
         if p[ROUNDING] == STOCHASTIC:
-            _fill_random(pairs, (size + 7) // 4, (p[OFFSET] + start) >> 2, p[SEED])
+            _fill_random(draws.ctypes.data, (size + 7) // 4, (p[OFFSET] + start) >> 2, p[SEED])
         codes = carray(_at(p[TARGET] + start), (size,), np.uint8)
         wide = carray(_at(p[TARGET] + 8 * start), (size,), np.float64)
         for i in range(size):

@@ -12,6 +12,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from octavo.kernels.vectors import splat
+
 __all__ = ["COLUMNS", "LANES", "ROWS", "VECTORS", "tile_of", "turn"]
 
 _FEATURES = binding.get_host_cpu_features()
@@ -51,11 +53,6 @@ def tile_of(rows: int) -> Any:
                 moved = builder.add(row, ir.Constant(_I64, j * size * LANES))
                 return builder.inttoptr(moved, vector.as_pointer())
 
-            def everywhere(number: Any) -> Any:
-                first = builder.insert_element(ir.Constant(vector, ir.Undefined), number, ir.Constant(_I32, 0))
-                mask = ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES)
-                return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), mask)
-
             entry = builder.block
             starts = [builder.add(a, builder.mul(a_m, ir.Constant(_I64, m))) for m in range(rows)]
             loop, done = builder.append_basic_block("along_k"), builder.append_basic_block("summed")
@@ -70,7 +67,7 @@ def tile_of(rows: int) -> Any:
             added = {}
             for m in range(rows):
                 address = builder.inttoptr(builder.add(starts[m], moved), real.as_pointer())
-                down = everywhere(builder.load(address, align=size))
+                down = splat(builder, builder.load(address, align=size), vector)
                 for j in range(VECTORS):
                     added[m, j] = builder.call(fma, [down, across[j], sums[m, j]])
             following = builder.add(step, ir.Constant(_I64, 1))
@@ -88,7 +85,7 @@ def tile_of(rows: int) -> Any:
                 found[cell] = builder.phi(vector)
                 found[cell].add_incoming(zero, entry)
                 found[cell].add_incoming(added[cell], loop)
-            factor = everywhere(alpha)
+            factor = splat(builder, alpha, vector)
             rows_of_c = [builder.add(c, builder.mul(c_m, ir.Constant(_I64, m))) for m in range(rows)]
             with builder.if_else(add) as (onto, anew):
                 with onto:
