@@ -24,9 +24,6 @@ from octavo.engine.tensor import Tensor, empty, from_numpy
 __all__ = ["Graph", "capture"]
 
 
-_REPLAY: int = replay.address  # type: ignore[assignment]
-
-
 class Graph:
     """A captured step: `run` repeats it.
 
@@ -74,7 +71,7 @@ class Graph:
             len(leaves),
         ]
         block = (ctypes.c_int64 * len(words))(*words)
-        team().run(_REPLAY, ctypes.addressof(block), self._lanes, together=True)
+        team().run(replay.address, ctypes.addressof(block), self._lanes, together=True)
         for storage in self._recording.changed:
             storage.version += 1
         wrong: list[ValueError] = []

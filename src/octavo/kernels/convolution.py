@@ -26,8 +26,6 @@ Image: TypeAlias = tuple[int, int]
 Mode: TypeAlias = np.ndarray[Any, Any] | None
 _GROUP_BYTES, _GROUP_STEPS = 5 << 17, 64
 """The weight's gradient is summed in registers over as many samples as make so many steps, if their planes fit in so much of a cache."""
-_SERIAL = 1 << 20
-"""Below this many multiply-adds waking a second thread costs more than it saves."""
 
 
 def _arguments(plan: Plan, width: int, shape: Sequence[int], **words: int) -> tuple[np.ndarray[Any, Any], Any]:
@@ -44,7 +42,7 @@ def _arguments(plan: Plan, width: int, shape: Sequence[int], **words: int) -> tu
 
 
 def _run(kernel: Any, block: np.ndarray[Any, Any], pieces: int, work: int) -> None:
-    many = min(1 if work < _SERIAL else threads.count(), pieces)
+    many = min(threads.of_products(work), pieces)
     block[Slot.SCRATCH] = threads.scratch(many * int(block[Slot.SCRATCH_BYTES]))
     threads.run(kernel.ctypes, block.ctypes.data, many)
 

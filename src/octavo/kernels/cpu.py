@@ -51,7 +51,7 @@ class Caster:
     def __init__(self, format: Format, rounding: Rounding, overflow: Overflow) -> None:
         self.format = format
         self._mode = MODES[rounding]
-        self._kernels = loops.cast32.ctypes, wide.cast64.ctypes
+        self._kernels = loops.cast32, wide.cast64
         self._slots = _LAYOUT.pack(*(0,) * Slot.MANTISSA_BITS, *_format_slots(format, overflow, rounding))
 
     def arguments(self, kind: Kind, size: int, target: Kind) -> bytes:
@@ -70,7 +70,7 @@ class Caster:
         _HEAD.pack_into(
             arguments, 0, address, target[0], size, kind, target[1], 0, 0, scale, divisor, self._mode, seed, offset
         )
-        peak = _run(self._kernels[in_float64], arguments, size, in_float64)
+        peak = _run(self._kernels[in_float64].ctypes, arguments, size, in_float64)
         if peak != peak and self.format.nan_code is None:
             raise reject_nan(self.format)
         return peak

@@ -9,7 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import cfunc, njit, types
+from numba import njit
+
+from octavo.kernels.native import native
 
 __all__ = ["F32", "I32", "INF", "MAGNITUDE", "NAN", "SIGN", "U16", "U32", "U64", "compiled", "inlined", "kernel"]
 
@@ -19,7 +21,8 @@ MAGNITUDE, SIGN, INF, NAN = I32(0x7FFFFFFF), I32(-0x80000000), I32(0x7F800000), 
 compiled: Any = njit(cache=True, nogil=True, error_model="numpy", boundscheck=False)
 inlined: Any = njit(inline="always")
 """For a body with a branch that the loop around it has to be split at: LLVM inlines too late for that, and then has no vectors."""
-kernel: Any = cfunc(types.void(types.int64), cache=True, error_model="numpy")
+kernel = native(1)
+"""For a function of the address of its arguments, which any thread pool can run."""
 
 
 @compiled

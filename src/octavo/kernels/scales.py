@@ -10,9 +10,10 @@ import struct
 from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, njit, types
+from numba import carray, njit
 
 from octavo.kernels import memory
+from octavo.kernels.native import native
 
 __all__ = ["add_scaled", "current_scale", "gather_amax", "roll_history", "roll_history_at"]
 
@@ -115,7 +116,7 @@ def roll_history(history: Any, before: Any, scale: Any, maximum: Any, margin: fl
             history[steps - 1, t] = last
 
 
-@cfunc(types.void(types.int64), cache=True, error_model="numpy")
+@native(1)
 def _roll_history(arguments: Any) -> None:
     p, floats = carray(_at(arguments), (7,), np.int64), carray(_at(arguments + 56), (4,), np.float64)
     tensors = (p[2],)

@@ -24,9 +24,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import carray, cfunc, njit, types
+from numba import carray
 
 from octavo.kernels import threads
+from octavo.kernels.element import F32, I32, INF, MAGNITUDE, compiled, kernel
 from octavo.kernels.memory import at as _at
 from octavo.kernels.memory import atomic_add as _atomic_add
 from octavo.kernels.memory import wide_vectors as _wide_vectors
@@ -59,13 +60,9 @@ class Slot(enum.IntEnum):
 LEFT, RIGHT, RESULT, M, TILES, STEPS, STEPS_TO_SPLIT, NEXT = (int(slot) for slot in Slot)
 SLOTS = len(Slot)
 
-I32, I64, F32, F64 = np.int32, np.int64, np.float32, np.float64
-MAGNITUDE, INF = I32(0x7FFFFFFF), I32(0x7F800000)
+I64, F64 = np.int64, np.float64
 LOWEST = I32(27 << 23)
 """2**-100, under which 2**(13 - e) may leave float32: `_meet` passes such terms on to `_meet_apart`."""
-
-compiled: Any = njit(cache=True, nogil=True, error_model="numpy", boundscheck=False)
-kernel: Any = cfunc(types.void(types.int64), cache=True, error_model="numpy")
 
 
 @compiled

@@ -16,7 +16,10 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["count", "gomp", "run", "scratch"]
+__all__ = ["count", "gomp", "of_products", "run", "scratch"]
+
+SERIAL = 1 << 20
+"""Below this many multiply-adds waking a second thread costs more than it saves."""
 
 
 def count() -> int:
@@ -31,6 +34,11 @@ def _default_count() -> int:
     if asked.isdecimal() and int(asked) > 0:
         return int(asked)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def of_products(multiply_adds: int) -> int:
+    """How many of those threads a matrix product or a convolution is worth."""
+    return 1 if multiply_adds < SERIAL else count()
 
 
 @functools.cache

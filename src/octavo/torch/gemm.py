@@ -22,8 +22,6 @@ from octavo.kernels.products import PLAIN, TRANSPOSED, Product
 __all__ = ["Units", "arguments", "dense", "inverse", "matmul", "operand_dtype", "threads_for", "units"]
 
 _ARGUMENTS = struct.Struct("<14qd4q")
-_SERIAL = 1 << 20
-"""Below this many multiply-adds waking a second thread costs more than it saves."""
 _TILES = "_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb"
 """at::native::cpublas::brgemm of bfloat16 operands, as the linker knows it."""
 
@@ -82,8 +80,8 @@ def operand_dtype() -> torch.dtype:
 def threads_for(m: int, n: int, k: int) -> int:
     """How many threads the kernels of a product are worth; oneMKL's takes what it wants, and is called once."""
     found = units()
-    alone = found is None or len(found.kernels) == 1 or m * n * k < _SERIAL
-    return 1 if alone else threads.count()
+    alone = found is None or len(found.kernels) == 1
+    return 1 if alone else threads.of_products(m * n * k)
 
 
 def arguments(

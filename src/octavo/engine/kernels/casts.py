@@ -9,10 +9,10 @@ import functools
 from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, njit, types
+from numba import carray
 
 from octavo.engine.kernels.elements import share
-from octavo.engine.kernels.launch import Kernel
+from octavo.engine.kernels.launch import Kernel, inner, lane_kernel
 from octavo.engine.kernels.memory import lanes_for
 from octavo.engine.tensor import Tensor, empty
 from octavo.formats import Format
@@ -28,11 +28,9 @@ __all__ = ["cast", "roll", "scale_now"]
 F32 = np.float32
 PIECE = 4096
 """Numbers cast at a time, in the nearest cache."""
-_compiled: Any = njit(nogil=True, error_model="numpy")
-_kernel: Any = cfunc(types.void(types.int64, types.int64, types.int64), cache=True, error_model="numpy")
 
 
-@_kernel
+@lane_kernel
 def _cast(address, lane, lanes):
     """source, target, size, where the scale is or 0, where the amax goes or 0, five facts of the format, three values of it."""
     source, target, size, scale_at, amax_at, shift, least, limit, zero_sign, _ = carray(at(address), (10,), np.int64)
@@ -64,7 +62,7 @@ def _cast(address, lane, lanes):
         atomic_max(amax_at, np.int64(peak))
 
 
-@_compiled
+@inner
 def _peak(bits):
     wide_vectors()
     peak = I32(0)
@@ -73,7 +71,7 @@ def _peak(bits):
     return peak
 
 
-@_kernel
+@lane_kernel
 def _amax(address, lane, lanes):
     """source, size, where the amax goes (int64, raised to it as float32 bits)."""
     source, size, amax_at = carray(at(address), (3,), np.int64)
@@ -82,7 +80,7 @@ def _amax(address, lane, lanes):
         atomic_max(amax_at, np.int64(_peak(carray(at(source + 4 * first), (count,), np.int32))))
 
 
-@_kernel
+@lane_kernel
 def _current(address, lane, lanes):
     """where the amax is, set to 0; where the scale goes; whether a power of two; format.max and epsilon, float64."""
     amax_at, scale_at, power_of_two = carray(at(address), (3,), np.int64)
@@ -93,7 +91,7 @@ def _current(address, lane, lanes):
     cell[0] = 0
 
 
-@_kernel
+@lane_kernel
 def _roll(address, lane, lanes):
     """history, steps, tensors, scales, where amaxes are (set to 0), maxima, whether by the most recent; 2**-margin, float64."""
     history, steps, tensors, scale, cells, maxima, most_recent = carray(at(address), (7,), np.int64)

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, njit, types
+from numba import carray
 
-from octavo.engine.kernels.launch import Kernel
+from octavo.engine.kernels.launch import Kernel, inner, lane_kernel
 from octavo.kernels.memory import at, fma, wide_vectors
 
 __all__ = ["adam", "arithmetic", "fill", "relu", "relu_gradient", "sgd"]
 
 F32 = np.float32
-_compiled: Any = njit(nogil=True, error_model="numpy")
-_kernel: Any = cfunc(types.void(types.int64, types.int64, types.int64), cache=True, error_model="numpy")
 
 
-@_compiled
+@inner
 def share(size, lane, lanes):
     """(first, how many) of the numbers that a lane takes: whole vectors, but for the last."""
     vectors = (size + 15) // 16
@@ -26,12 +23,12 @@ def share(size, lane, lanes):
     return first, min(size, vectors * (lane + 1) // lanes * 16) - first
 
 
-@_compiled
+@inner
 def _floats(address, first, count):
     return carray(at(address + 4 * first), (count,), np.float32)
 
 
-@_compiled
+@inner
 def _combine(a, b, out, operation):
     wide_vectors()
     if operation == 0:
@@ -48,7 +45,7 @@ def _combine(a, b, out, operation):
             out[i] = a[i] / b[i]
 
 
-@_compiled
+@inner
 def _combine_one(a, b, out, operation):
     """The same, b one number."""
     wide_vectors()
@@ -66,7 +63,7 @@ def _combine_one(a, b, out, operation):
             out[i] = a[i] / b
 
 
-@_kernel
+@lane_kernel
 def _arithmetic(address, lane, lanes):
     """a, b, out, size, operation (+, -, *, / from 0), whether b is one number."""
     a, b, out, size, operation, one = carray(at(address), (6,), np.int64)
@@ -80,7 +77,7 @@ def _arithmetic(address, lane, lanes):
         _combine(left, _floats(b, first, count), into, operation)
 
 
-@_kernel
+@lane_kernel
 def _relu(address, lane, lanes):
     """x, out, size: NaN stays, -0 too."""
     wide_vectors()
@@ -92,7 +89,7 @@ def _relu(address, lane, lanes):
             into[i] = F32(0) if source[i] < F32(0) else source[i]
 
 
-@_kernel
+@lane_kernel
 def _relu_gradient(address, lane, lanes):
     """gradient, x, out, size: the gradient where x is positive, 0 elsewhere."""
     wide_vectors()
@@ -104,7 +101,7 @@ def _relu_gradient(address, lane, lanes):
             into[i] = given[i] if source[i] > F32(0) else F32(0)
 
 
-@_kernel
+@lane_kernel
 def _fill(address, lane, lanes):
     """out, size, a float64 that becomes float32."""
     out, size = carray(at(address), (2,), np.int64)
@@ -116,21 +113,21 @@ def _fill(address, lane, lanes):
             into[i] = value
 
 
-@_compiled
+@inner
 def _rate(address):
     """The learning rate: a float64 here, or a float32 at the address after it."""
     value, place = carray(at(address), (1,), np.float64)[0], carray(at(address + 8), (1,), np.int64)[0]
     return F32(value) if place == 0 else carray(at(place), (1,), np.float32)[0]
 
 
-@_compiled
+@inner
 def _sgd_plain(w, g, rate, decay):
     wide_vectors()
     for i in range(w.size):
         w[i] = fma(-rate, fma(decay, w[i], g[i]), w[i])  # rounded where PyTorch and XLA round
 
 
-@_compiled
+@inner
 def _sgd_momentum(w, g, v, rate, momentum, decay, nesterov):
     wide_vectors()
     for i in range(w.size):
@@ -139,7 +136,7 @@ def _sgd_momentum(w, g, v, rate, momentum, decay, nesterov):
         w[i] = fma(-rate, fma(momentum, v[i], step) if nesterov else v[i], w[i])
 
 
-@_kernel
+@lane_kernel
 def _sgd(address, lane, lanes):
     """weight, gradient, velocity or 0, size, whether Nesterov's, rate, where else the rate is, momentum, weight decay."""
     weight, gradient, velocity, size, nesterov = carray(at(address), (5,), np.int64)
@@ -155,7 +152,7 @@ def _sgd(address, lane, lanes):
         _sgd_plain(w, g, rate, F32(decay))
 
 
-@_compiled
+@inner
 def _adam_update(w, g, m, v, step, root, beta1, beta2, epsilon, decay):
     wide_vectors()
     one = F32(1)
@@ -166,7 +163,7 @@ def _adam_update(w, g, m, v, step, root, beta1, beta2, epsilon, decay):
         w[i] -= step * m[i] / (np.sqrt(v[i]) / root + epsilon)
 
 
-@_kernel
+@lane_kernel
 def _adam(address, lane, lanes):
     """weight, gradient, first and second moment, steps so far (float32, raised by lane 0 of `count`), size; rate, where else, beta1,
     beta2, epsilon, weight decay."""

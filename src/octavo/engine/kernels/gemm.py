@@ -13,9 +13,9 @@ import enum
 from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, njit, types
+from numba import carray
 
-from octavo.engine.kernels.launch import Kernel
+from octavo.engine.kernels.launch import Kernel, inner, lane_kernel
 from octavo.engine.kernels.tile import COLUMNS, LANES, ROWS, tile_of
 from octavo.engine.kernels.tile import turn as _turn
 from octavo.engine.storage import pool
@@ -82,7 +82,6 @@ class Slot(enum.IntEnum):
 (
     A, A_M, A_K, B, B_K, B_N, C, C_M, M, N, K, FLAGS, BIAS, MASK, MASK_M, SCRATCH, A_SCALE, B_SCALE, ALPHA, WORDS
 ) = (int(slot) for slot in Slot)  # fmt: skip
-_compiled: Any = njit(nogil=True, error_model="numpy")
 
 
 _SIZE, F32 = 4, np.float32
@@ -97,18 +96,18 @@ def _pick() -> Any:
     lines = [f"def pick(rows, {arguments}):"]
     lines += [f"    if rows == {rows}: tile_{rows}({arguments})" for rows in range(1, ROWS + 1)]
     exec("\n".join(lines), names)  # Numba cannot call functions from a list by number
-    return _compiled(names["pick"])
+    return inner(names["pick"])
 
 
 _tile = _pick()
 
 
-@_compiled
+@inner
 def _floats(address, count):
     return carray(at(address), (count,), np.float32)
 
 
-@_compiled
+@inner
 def _pack(source, down, along, rows, columns, target, pitch):
     """target[i, j] = the number at source + i * down + j * along, and anything from `columns` to `pitch`, which is whole vectors."""
     wide_vectors()
@@ -128,7 +127,7 @@ def _pack(source, down, along, rows, columns, target, pitch):
                 out[j] = _floats(source + i * down + j * along, 1)[0]
 
 
-@_compiled
+@inner
 def _copy(source, source_m, target, target_m, rows, columns):
     wide_vectors()
     for m in range(rows):
@@ -137,7 +136,7 @@ def _copy(source, source_m, target, target_m, rows, columns):
             out[n] = row[n]
 
 
-@_compiled
+@inner
 def _finish(c, c_m, rows, columns, factor, flags, bias, mask, mask_m):
     """What follows the product, on a tile."""
     wide_vectors()
@@ -159,7 +158,7 @@ def _finish(c, c_m, rows, columns, factor, flags, bias, mask, mask_m):
                 row[n] = row[n] if kept[n] > F32(0) else F32(0)
 
 
-@cfunc(types.void(types.int64, types.int64, types.int64), cache=True, error_model="numpy")
+@lane_kernel
 def gemm(address, lane, lanes):
     """C's part of a lane; `Slot` has the arguments."""
     p = carray(at(address), (WORDS,), np.int64)

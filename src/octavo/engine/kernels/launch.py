@@ -9,9 +9,17 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
-from octavo.engine.kernels.team import team
+from numba import njit
 
-__all__ = ["Kernel", "Recorder", "recorder", "refuse"]
+from octavo.engine.kernels.team import team
+from octavo.kernels.native import native
+
+__all__ = ["Kernel", "Recorder", "inner", "lane_kernel", "recorder", "refuse"]
+
+inner: Any = njit(nogil=True, error_model="numpy")
+"""For what a kernel calls: compiled with it, and kept on disk as part of it."""
+lane_kernel = native(3)
+"""For a function of (arguments, lane, lanes), which a team runs."""
 
 
 class Recorder:
@@ -32,13 +40,12 @@ recorder: ContextVar[Recorder | None] = ContextVar("octavo_engine_recorder", def
 
 
 class Kernel:
-    """A compiled function of (arguments, lane, lanes); layout: of its arguments, as `struct` spells it."""
+    """A `lane_kernel` that is called from Python; layout: of its arguments, as `struct` spells it."""
 
-    __slots__ = ("_address", "_block", "_function", "_layout", "name")
+    __slots__ = ("_block", "_function", "_layout", "name")
 
     def __init__(self, name: str, function: Any, layout: str) -> None:
         self.name, self._function, self._layout = name, function, struct.Struct(layout)
-        self._address: int = function.address
         self._block: Any = ctypes.c_char * self._layout.size
 
     def __call__(self, lanes: int, *arguments: Any, check: Callable[[Any], None] | None = None) -> None:
@@ -51,11 +58,11 @@ class Kernel:
         block = self._block.from_buffer_copy(self._layout.pack(*arguments))
         address = ctypes.addressof(block)
         if recording is None:
-            team().run(self._address, address, lanes)
+            team().run(self._function.address, address, lanes)
             if check is not None:
                 check(block)
             return
-        recording.calls.append((self._address, address, lanes))
+        recording.calls.append((self._function.address, address, lanes))
         recording.names.append(self.name)
         recording.memory.append(block)
         if check is not None:

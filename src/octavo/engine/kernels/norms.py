@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, njit, types
+from numba import carray
 
-from octavo.engine.kernels.launch import Kernel, refuse
+from octavo.engine.kernels.launch import Kernel, inner, lane_kernel, refuse
 from octavo.engine.kernels.memory import contiguous, fast, like
 from octavo.engine.tensor import Tensor
 from octavo.kernels.memory import at, wide_vectors
@@ -17,11 +16,9 @@ __all__ = ["unit"]
 
 WIDTH = 16
 """Sums that are kept apart, so that they fill vectors; they are added in turn."""
-_compiled: Any = njit(nogil=True, error_model="numpy")
-_kernel: Any = cfunc(types.void(types.int64, types.int64, types.int64), cache=True, error_model="numpy")
 
 
-@_compiled
+@inner
 def _squares(x, sums):
     """Add the squares to WIDTH sums in float64."""
     wide_vectors()
@@ -33,7 +30,7 @@ def _squares(x, sums):
         sums[0] += np.float64(x[j]) * np.float64(x[j])
 
 
-@_kernel
+@lane_kernel
 def _unit(address, lane, lanes):
     """x, out, size: for one lane."""
     wide_vectors()

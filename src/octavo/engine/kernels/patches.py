@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, cfunc, njit, types
+from numba import carray, types
 from numba.extending import intrinsic
 
-from octavo.engine.kernels.launch import Kernel, refuse
+from octavo.engine.kernels.launch import Kernel, inner, lane_kernel, refuse
 from octavo.engine.kernels.memory import FLOAT32, contiguous, lanes_for
 from octavo.engine.tensor import Tensor, empty
 from octavo.kernels.memory import at, wide_vectors
@@ -49,8 +49,6 @@ class Slot(enum.IntEnum):
 (
     IMAGES, MATRIX, COUNT, HEIGHT, WIDTH, CHANNELS, ROWS, COLUMNS, STRIDE, PADDING, DOWN, ACROSS, WORDS
 ) = (int(slot) for slot in Slot)  # fmt: skip
-_compiled: Any = njit(nogil=True, error_model="numpy")
-_kernel: Any = cfunc(types.void(types.int64, types.int64, types.int64), cache=True, error_model="numpy")
 
 
 @intrinsic
@@ -66,12 +64,12 @@ def _move(typing_context, source, target):
     return types.void(types.int64, types.int64), generate
 
 
-@_compiled
+@inner
 def _floats(address, count):
     return carray(at(address), (count,), np.float32)
 
 
-@_compiled
+@inner
 def _copy(source, pitch, target, rows, count):
     """Copy rows of so many numbers, `pitch` bytes apart, one after the other."""
     for row in range(rows):
@@ -80,7 +78,7 @@ def _copy(source, pitch, target, rows, count):
             out[i] = x[i]
 
 
-@_compiled
+@inner
 def _copy_loosely(source, pitch, target, rows, count):
     """The same, in vectors: up to VECTOR - 1 numbers more are read and written."""
     if count <= VECTOR:
@@ -92,21 +90,21 @@ def _copy_loosely(source, pitch, target, rows, count):
                 _move(source + row * pitch + 4 * i, target + 4 * (row * count + i))
 
 
-@_compiled
+@inner
 def _zero(target, count):
     out = _floats(target, count)
     for i in range(count):
         out[i] = np.float32(0)
 
 
-@_compiled
+@inner
 def _add(source, target, count):
     x, out = _floats(source, count), _floats(target, count)
     for i in range(count):
         out[i] += x[i]
 
 
-@_compiled
+@inner
 def _inside(place, stride, padding, window, size):
     """Where a window at that place begins in the image, and the first and the last + 1 of its pixels that lie in it."""
     start = place * stride - padding
@@ -114,7 +112,7 @@ def _inside(place, stride, padding, window, size):
     return start, min(first, window), max(last, min(first, window))
 
 
-@_kernel
+@lane_kernel
 def _patches(address, lane, lanes):
     """The rows of a lane's images."""
     wide_vectors()
@@ -147,7 +145,7 @@ def _patches(address, lane, lanes):
                 into += 4 * rows * whole
 
 
-@_kernel
+@lane_kernel
 def _fold(address, lane, lanes):
     """The sums of a lane's images."""
     wide_vectors()
@@ -170,7 +168,7 @@ def _fold(address, lane, lanes):
                 source += rows * columns * pixel
 
 
-@_kernel
+@lane_kernel
 def _take_runs(address, lane, lanes):
     """x, its size, starts (int64), how many, numbers in a run, out, the first bad one's place + 1."""
     p = carray(at(address), (7,), np.int64)

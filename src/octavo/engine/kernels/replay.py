@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import enum
-from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, njit, types
+from numba import carray
 
+from octavo.engine.kernels.launch import inner, lane_kernel
 from octavo.engine.kernels.team import barrier, call
 from octavo.kernels.memory import at
 
@@ -33,17 +33,16 @@ class Slot(enum.IntEnum):
 
 
 CALLS, COUNT, TIMES, MEETING, FEEDS, FED, RESULTS, LEFT, WORDS = (int(slot) for slot in Slot)
-_compiled: Any = njit(nogil=True, error_model="numpy")
 
 
-@_compiled
+@inner
 def _copy(source, target, size):
     x, out = carray(at(source), (size,), np.uint8), carray(at(target), (size,), np.uint8)
     for i in range(size):
         out[i] = x[i]
 
 
-@cfunc(types.void(types.int64, types.int64, types.int64), cache=True, error_model="numpy")
+@lane_kernel
 def replay(address, lane, lanes):
     """All times, each lane in step with the others."""
     p = carray(at(address), (WORDS,), np.int64)

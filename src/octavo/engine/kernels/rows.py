@@ -6,12 +6,11 @@ Lanes share out rows or columns; what sums over rows does so in an order that th
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, njit, types
+from numba import carray
 
-from octavo.engine.kernels.launch import Kernel
+from octavo.engine.kernels.launch import Kernel, inner, lane_kernel
 from octavo.kernels.element import I32, _real
 from octavo.kernels.memory import at, ordered_add, wide_vectors
 
@@ -22,11 +21,9 @@ GROUP = 64
 """Rows whose losses are added up first; the sums of groups follow in their order."""
 LOG2E, LN2_HIGH, LN2_LOW = F32(1.4426950408889634), F32(0.693359375), F32(-2.12194440e-4)
 LEAST = F32(-87.3)
-_compiled: Any = njit(nogil=True, error_model="numpy")
-_kernel: Any = cfunc(types.void(types.int64, types.int64, types.int64), cache=True, error_model="numpy")
 
 
-@_compiled
+@inner
 def exp(x):
     """e**x to about an ulp for x up to 88, 0 below -87.3 (where float32 becomes subnormal), NaN for NaN; in vectors."""
     c = LEAST if x < LEAST else x
@@ -39,12 +36,12 @@ def exp(x):
     return F32(0) if x < LEAST else (p * r * r + r + F32(1)) * power
 
 
-@_compiled
+@inner
 def _floats(address, count):
     return carray(at(address), (count,), np.float32)
 
 
-@_compiled
+@inner
 def _largest(row):
     """The largest number of a row, NaN where it holds one."""
     best = row[0]
@@ -53,7 +50,7 @@ def _largest(row):
     return best
 
 
-@_compiled
+@inner
 def _exponentials(row, best, out):
     """out = exp(row - best); returns the sum, in float32, in order."""
     wide_vectors()
@@ -65,7 +62,7 @@ def _exponentials(row, best, out):
     return total
 
 
-@_kernel
+@lane_kernel
 def _softmax(address, lane, lanes):
     """x, out, rows, columns, whether of the logarithm."""
     x, out, rows, columns, logarithm = carray(at(address), (5,), np.int64)
@@ -82,7 +79,7 @@ def _softmax(address, lane, lanes):
                 into[j] /= total
 
 
-@_kernel
+@lane_kernel
 def _cross_entropy(address, lane, lanes):
     """logits, labels, gradient or 0, loss, losses of groups, rows, columns, upstream or 0, how many lanes are done, a bad row + 1
     and its label."""
@@ -119,7 +116,7 @@ def _cross_entropy(address, lane, lanes):
         _floats(loss, 1)[0] = total / F32(rows)
 
 
-@_kernel
+@lane_kernel
 def _arg_max(address, lane, lanes):
     """x, out (int64), rows, columns: the first of the largest, or of NaN."""
     x, out, rows, columns = carray(at(address), (4,), np.int64)
@@ -132,14 +129,14 @@ def _arg_max(address, lane, lanes):
         found[i] = best
 
 
-@_compiled
+@inner
 def _add_row(row, out):
     wide_vectors()
     for j in range(out.size):
         out[j] += row[j]
 
 
-@_kernel
+@lane_kernel
 def _column_sums(address, lane, lanes):
     """x, out, rows, columns, bytes from row to row: sums in the order of the rows."""
     x, out, rows, columns, pitch = carray(at(address), (5,), np.int64)
@@ -153,7 +150,7 @@ def _column_sums(address, lane, lanes):
         _add_row(_floats(x + i * pitch + 4 * first, last - first), into)
 
 
-@_kernel
+@lane_kernel
 def _take_rows(address, lane, lanes):
     """x, its rows, bytes of a row, numbers of rows (int64), how many, out, a bad one's place + 1 and itself."""
     p = carray(at(address), (8,), np.int64)

@@ -6,7 +6,6 @@ a lane computes depends on these alone, so results do not depend on which thread
 
 from __future__ import annotations
 
-import functools
 import os
 import platform
 import threading
@@ -81,10 +80,10 @@ def give_way(typing_context):
     return types.void(), generate
 
 
-_compiled: Any = functools.partial(njit, cache=True, nogil=True, error_model="numpy")
+_compiled: Any = njit(cache=True, nogil=True, error_model="numpy")
 
 
-@_compiled()
+@_compiled
 def _await(address: int, count: int) -> None:
     """Wait until the int64 there is at least `count`: awake at first, then leaving the core to whoever wants it."""
     waited = 0
@@ -95,14 +94,14 @@ def _await(address: int, count: int) -> None:
             give_way()
 
 
-@_compiled()
+@_compiled
 def barrier(address: int, lanes: int, turn: int) -> None:
     """Wait until each of `lanes` lanes has come here for the `turn`-th time, from 1; address: an int64 that was 0 before the first."""
     ordered_add(address, 1)
     _await(address, lanes * turn)
 
 
-@_compiled("void(int64)")
+@_compiled
 def _finish(memory: int) -> None:
     """Run lane 0, then the lanes that no thread has begun, and wait for the others."""
     p = carray(at(memory), (HEAD,), np.int64)
@@ -115,7 +114,7 @@ def _finish(memory: int) -> None:
     _await(memory + 8 * DONE, lanes - 1)
 
 
-@_compiled("int64(int64, int64, int64, int64, int64)")
+@_compiled
 def _begin(memory: int, workers: int, kernel: int, arguments: int, lanes: int) -> int:
     """Hand a job to the threads; returns a bit for each that sleeps and has to be woken.  Awake, they finish it before this returns."""
     p = carray(at(memory), (HEAD,), np.int64)
@@ -134,7 +133,7 @@ def _begin(memory: int, workers: int, kernel: int, arguments: int, lanes: int) -
     return asleep
 
 
-@_compiled("void(int64, int64, int64)")
+@_compiled
 def _serve(memory: int, worker: int, patience: int) -> None:
     """Take jobs until none came for a while."""
     own = memory + 8 * (HEAD + worker * WORKER)
@@ -205,7 +204,7 @@ def _work(memory: Any, address: int, worker: int, wake: threading.Semaphore) -> 
         _serve(address, worker, PATIENCE)
 
 
-@_compiled("void(int64, int64, int64)")
+@_compiled
 def _alone(kernel: int, arguments: int, lanes: int) -> None:
     for lane in range(lanes):
         call(kernel, (arguments, np.int64(lane), lanes))
