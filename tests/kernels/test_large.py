@@ -90,9 +90,12 @@ MX = Block(shape=(1, 32), scale=BlockScale.RCEIL)
     [(MX, False), (MX, True), (Block(shape=(1, 128)), False), (Block(shape=(128, 128)), False), (Row(), False)],
     ids=["MX", "MX along columns", "1x128", "128x128", "rows"],
 )
+@pytest.mark.parametrize("rounding", [Rounding.NEAREST_EVEN, Rounding.STOCHASTIC], ids=lambda mode: mode.name)
 @pytest.mark.parametrize("target", ["float32", "bfloat16", "uint8"])
-def test_blocks_beyond_the_caches_are_those_of_their_parts(scaling: Scaling, upright: bool, target: str) -> None:
-    spec, columns = TensorSpec(E4M3FN, scaling), 4096
+def test_blocks_beyond_the_caches_are_those_of_their_parts(
+    scaling: Scaling, upright: bool, target: str, rounding: Rounding
+) -> None:
+    spec, columns = TensorSpec(E4M3FN, scaling, rounding), 4096
     rows = STREAMED // (columns * (1 if target == "uint8" else 2)) + 256
     some = np.random.default_rng(3).standard_normal((256, columns)).astype(np.float32)
     x = np.concatenate(list(itertools.repeat(some, rows // 256)))
@@ -100,12 +103,15 @@ def test_blocks_beyond_the_caches_are_those_of_their_parts(scaling: Scaling, upr
     found, want = placed(x.size, dtype, 0), np.empty(some.size, dtype)
     scales, scales_of_some = np.zeros(x.shape, np.float32), np.zeros(some.shape, np.float32)
 
-    def cast(source: Any, into: Any, scales: Any) -> None:
-        how = {"upright": upright, "decoded": 0 if target == "uint8" else 2}
+    def cast(source: Any, into: Any, scales: Any, offset: int) -> None:
+        how: dict[str, Any] = {"upright": upright, "decoded": 0 if target == "uint8" else 2}
+        how |= {"seed": 5, "offset": offset}
         matrices.cast_blocks(
             library.buffer(source), library.buffer(into), scales.ctypes.data, source.shape, spec, **how
         )
 
-    cast(some, want, scales_of_some)
-    cast(x, found, scales)
-    assert (found.view(np.uint8).reshape(rows // 256, -1) == want.view(np.uint8)).all()
+    cast(x, found, scales, 0)
+    whole = found.view(np.uint8).reshape(rows // 256, -1)
+    for part in range(rows // 256) if rounding is Rounding.NEAREST_EVEN else (0, 7, rows // 256 - 1):
+        cast(some, want, scales_of_some, part * some.size)
+        assert (whole[part] == want.view(np.uint8)).all()

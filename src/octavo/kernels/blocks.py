@@ -58,7 +58,6 @@ from octavo.kernels.memory import ask as _ask
 from octavo.kernels.memory import at as _at
 from octavo.kernels.memory import atomic_add as _atomic_add
 from octavo.kernels.memory import atomic_max as _atomic_max
-from octavo.kernels.memory import claim as _claim
 from octavo.kernels.memory import fence as _fence
 from octavo.kernels.memory import keep as _keep
 from octavo.kernels.memory import stream as _stream
@@ -121,8 +120,10 @@ SOURCE_KIND, TARGET_KIND, NEXT, AMAX, RULE, SKIP_NAN, DECODED, ROUNDING = (int(s
 SEED, OFFSET, MANTISSA_BITS, BIAS, MAX_EXPONENT, INF_CODE, NAN_CODE = (int(slot) for slot in list(BlockSlot)[16:23])
 SIGN_MASK, NEGATIVE_ZERO, TOP, OVERFLOW, INF_BECOMES, MAXIMUM = (int(slot) for slot in list(BlockSlot)[23:29])
 EPSILON, ZERO_LIMIT, WHOLE, WHOLE_BACK, WHOLE_RECIPROCAL, END = (int(slot) for slot in list(BlockSlot)[29:])
-STREAMED_PIECE, PIECE, GROUP = 256, 1024, 8
-"""Elements rounded at a time, where blocks allow it, fewer if memory has to keep up; and tiles that a thread takes, if there are many."""
+FAR_PIECE, DRAWN_PIECE, PIECE = 256, 384, 1024
+"""Elements rounded at a time, where blocks allow it: fewer if memory has to keep up, and a whole number of Philox's steps."""
+GROUP = 8
+"""Tiles that a thread takes at a time, if there are many."""
 
 
 @compiled
@@ -262,8 +263,9 @@ def cast_blocks(arguments):
     special = I32(254) if p[SKIP_NAN] else I32(255)
     form = (shift, e_min, limit, top, over, inf, zero_sign)
     from_width, width = 4 if kind == FLOAT32 else 2, 4 if target == FLOAT32 else 1 if target == CODES else 2
-    step = STREAMED_PIECE if width * n_rows * n_columns >= STREAMED else PIECE
-    large = mode != STOCHASTIC and step == STREAMED_PIECE and p[SOURCE] != p[TARGET]
+    large = width * n_rows * n_columns >= STREAMED and p[SOURCE] != p[TARGET]
+    far = from_width * n_rows * n_columns >= STREAMED
+    step = DRAWN_PIECE if mode == STOCHASTIC else FAR_PIECE if far else PIECE
     tiles, block_columns = (n_columns + tile - 1) // tile, (n_columns + wide - 1) // wide
     most = (tile + wide - 1) // wide
     held = min(tile, max(step, wide))
@@ -334,8 +336,6 @@ def cast_blocks(arguments):
                 # The next tile, which is read next; this one is in cache.
                 _ask(p[SOURCE] + from_width * (start + q + beyond), from_width * part)
                 streams = large and into % 64 == 0
-                if not streams:
-                    _claim(into + width * beyond, width * part)
                 ready = narrow_at if streams else into
                 middle = round_at if streams or target != FLOAT32 else into
                 x_f, out = carray(_at(lies), (part,), np.float32), carray(_at(middle), (part,), np.float32)

@@ -37,11 +37,9 @@ from octavo.kernels.element import (
     kernel,
 )
 from octavo.kernels.memory import address_of as _address_of
-from octavo.kernels.memory import ask as _ask
 from octavo.kernels.memory import at as _at
 from octavo.kernels.memory import atomic_add as _atomic_add
 from octavo.kernels.memory import atomic_max as _atomic_max
-from octavo.kernels.memory import claim as _claim
 from octavo.kernels.memory import fence as _fence
 from octavo.kernels.memory import stream as _stream
 from octavo.kernels.memory import wide_vectors as _wide_vectors
@@ -50,8 +48,8 @@ from octavo.kernels.philox import fill_random as _fill_random
 
 __all__ = ["CHUNK", "Kind", "Slot", "amax", "cast32"]
 
-TILE, AHEAD = 384, 1152
-"""Elements rounded at a time, and how far ahead of them memory is asked for: else each store would wait to read what it overwrites."""
+TILE = 384
+"""Elements rounded at a time: what lies between the passes of a tile stays in the first-level cache."""
 CHUNK = 42 * TILE
 """Elements a thread takes at a time: a multiple of 4 (Philox's block), small enough for the second-level cache."""
 STREAMED = 1 << 25
@@ -262,9 +260,6 @@ def cast32(arguments):
         for t in range(start, end, TILE):
             size = min(TILE, end - t)
             source, into = p[SOURCE] + from_width * t, p[TARGET] + width * t
-            _ask(source + from_width * AHEAD, from_width * size)
-            if not streams:
-                _claim(into + width * AHEAD, width * size)
             place, ready = _address_of(loaded), _address_of(narrowed) if streams else into
             if apart:
                 place = source

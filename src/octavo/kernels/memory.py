@@ -18,7 +18,6 @@ __all__ = [
     "at",
     "atomic_add",
     "atomic_max",
-    "claim",
     "fence",
     "fma",
     "keep",
@@ -124,13 +123,6 @@ def ask(address, size):
     """Ask for so many bytes from an address on, to read them."""
     for byte in range(0, size, 64):
         to_read(address + byte)
-
-
-@njit(cache=True)
-def claim(address, size):
-    """Ask for so many bytes from an address on, to overwrite them."""
-    for byte in range(0, size, 64):
-        to_write(address + byte)
 
 
 @intrinsic
