@@ -274,7 +274,7 @@ def cast_blocks(arguments):
     one, other = np.empty(tile + 16, np.int32), np.empty(tile + 16, np.int32)
     factor, back = np.empty(most, np.float32), np.empty(most, np.float32)
     column_factor, column_back = np.empty(tile, np.float32), np.ones(tile, np.float32)
-    draws = np.empty(held + SLACK + 4 if mode == STOCHASTIC else 0, np.uint32)
+    draws = np.empty(held + SLACK + 8 if mode == STOCHASTIC else 0, np.uint32)
     factors, backs, random = _address_of(factor), _address_of(back), _address_of(draws)
     column_factors, column_backs = _address_of(column_factor), _address_of(column_back)
     load_at, round_at, narrow_at = _address_of(loaded), _address_of(rounded), _address_of(narrowed)
@@ -374,8 +374,7 @@ def cast_blocks(arguments):
                     _stream(ready, into, width * part)
     if large:
         _fence()
-    for array in (rounded, column_factor, column_back):
-        _keep(array)
+    _keep(rounded)
     _keep(narrowed)
     _keep(draws)
     _atomic_max(arguments + 8 * AMAX, np.int64(peak))

@@ -245,7 +245,7 @@ def cast32(arguments):
     zero_sign = SIGN if p[NEGATIVE_ZERO] else I32(0)
     half = F32(2) if mode == TOWARD_ZERO else F32(0.5) if mode == NEAREST_AWAY else F32(0)
     loaded, rounded, narrowed = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.uint16)
-    words, lane = np.empty(TILE + SLACK + 4 if mode == STOCHASTIC else 0, np.uint32), p[OFFSET] & 3
+    words, lane = np.empty(TILE + SLACK + 8 if mode == STOCHASTIC else 0, np.uint32), p[OFFSET] & 3
     narrow = mode == NEAREST_EVEN and target == BFLOAT16 and divisor == F32(1)
     from_width, width = 4 if kind == FLOAT32 else 2, 4 if target == FLOAT32 else 1 if target == CODES else 2
     # In place, the compiler could not know that no element is read after it was written: such a tile is copied first.

@@ -20,7 +20,7 @@ LANES = 8
 ABREAST = 6 if binding.get_host_cpu_features().get("avx512f", False) else 1
 """Vectors at work at a time, as a round waits for the products of the last: what the registers hold."""
 SLACK = 4 * (LANES - 1)
-"""Words that `fill_random` may write past the last it was asked for."""
+"""Words that `fill_random` may write past the last block it was asked for."""
 ROUNDS = 10
 FACTORS, STEPS = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
 """What each round multiplies with, and what it adds to the keys."""

@@ -91,7 +91,7 @@ def cast64(arguments):
     scale, divisor = _real64(p[SCALE]), _real64(p[DIVISOR])
     values = carray(_at(p[VALUES]), (256,), np.float32)
     loaded, rounded = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
-    draws = np.zeros(CHUNK + SLACK + 4, np.uint32)
+    draws = np.zeros(CHUNK + SLACK + 8, np.uint32)
     peak = np.int64(0)
     while True:
         start = _atomic_add(arguments + 8 * NEXT_CHUNK, 1) * CHUNK
