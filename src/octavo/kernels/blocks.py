@@ -17,6 +17,7 @@ from octavo.kernels.block_scales import (
     R_TWO_LEVEL,
     block_peaks,
     column_peaks,
+    column_peaks_of_four,
     e8m0,
     float_scales,
     per_column,
@@ -295,18 +296,24 @@ def cast_blocks(arguments):
         x_i = loaded[:size].view(np.int32)
         blocks = in_blocks[: (size + wide - 1) // wide]
         in_rows = high == 1 and wide % 16 == 0 and size % wide == 0 and p[SKIP_NAN] == 0
-        for r in range(row, end):
+        columns, begin = in_columns[:size], row
+        if kind == FLOAT32 and not in_rows and p[SKIP_NAN] == 0:
+            while begin + 4 <= end:
+                four = carray(_at(p[SOURCE] + 4 * (begin * n_columns + first)), (3 * n_columns + size,), np.int32)
+                column_peaks_of_four(four, n_columns, columns, begin == row)
+                begin += 4
+        for r in range(begin, end):
             start = r * n_columns + first
             if kind == FLOAT32:
                 x_i = carray(_at(p[SOURCE] + 4 * start), (size,), np.int32)
             else:
                 _load(carray(_at(p[SOURCE] + 2 * start), (size,), np.uint16), x_i, kind == BFLOAT16)
             if not in_rows:
-                column_peaks(x_i, in_columns[:size], r == row, p[SKIP_NAN] != 0)
+                column_peaks(x_i, columns, r == row, p[SKIP_NAN] != 0)
         if in_rows:
             peaks_of_rows(x_i, blocks, wide, one)
         else:
-            block_peaks(in_columns[:size], blocks, wide, one, other)
+            block_peaks(columns, blocks, wide, one, other)
         for value in blocks:
             peak = I32(max(peak, value))
         codes = carray(_at(p[SCALES] + place), blocks.shape, np.uint8)

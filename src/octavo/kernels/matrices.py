@@ -35,7 +35,7 @@ from octavo.table import TensorSpec, Transform
 
 __all__ = ["cast_blocks", "decode_matrix", "encode_matrix", "hadamard", "quantize_matrix", "quantize_with_amax"]
 
-_TILE, _TALL_TILE, _NARROWEST = 4096, 65536, 256
+_TILE, _TALL_TILE, _NARROWEST = 4096, 32768, 256
 _LAYOUT = struct.Struct(f"<{BlockSlot.TOP}q{BlockSlot.END - BlockSlot.TOP}d")
 _HEAD = struct.Struct("<12q")
 _SEED = struct.Struct("<Qq")
