@@ -3,13 +3,14 @@
     python benchmarks/casts.py [--quick]
 
 Targets: with amax in the same pass, at least 0.9 of `copy_`; at least 10 times torch's own cast pair (which neither scales nor takes
-an amax; "the same work" does both).  Each contender writes to memory
+an amax; "the same work" does both).  Ratios are medians of the rounds' own.  Each contender writes to memory
 that it already has where its interface lets it; the others allocate, as their users do.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +20,7 @@ import ml_dtypes
 import numpy as np
 import torch
 from gfloat.formats import format_info_ocp_e4m3
-from rounds import interleaved, pin_threads, save
+from rounds import each_round, pin_threads, save, times_as_fast
 
 from octavo.formats import E2M1FN, E3M2FN, E4M3FN, E5M2, Format
 from octavo.kernels import cpu, matrices
@@ -128,14 +129,16 @@ def measure_scaled(size: int, rounds: int) -> tuple[list[dict[str, Any]], list[s
     rows, lines = [], []
     for threads in (1, 2):
         pin_threads(threads)
-        seconds = interleaved(scaled_contenders(size // 4096), rounds=rounds, warm_up=1)
+        seconds = each_round(scaled_contenders(size // 4096), rounds=rounds, warm_up=1)
         lines.append(f"[{size // 4096}, 4096] float32, {threads} thread(s), median of {rounds} rounds")
         lines.append(f"  {'':34}{'G elements/s':>14}{'of copy_':>10}{'x torchao':>11}")
-        peer = seconds.get("torchao to_mx and back, MXFP8", float("nan"))
-        for name, value in seconds.items():
-            lines.append(f"  {name:34}{size / value / 1e9:14.3f}{seconds['copy_'] / value:10.2f}{peer / value:11.1f}")
+        peer = seconds.get("torchao to_mx and back, MXFP8", [float("nan")] * rounds)
+        for name, ours in seconds.items():
+            value, of_copy = statistics.median(ours), times_as_fast(ours, seconds["copy_"])
+            of_peer = times_as_fast(ours, peer)
+            lines.append(f"  {name:34}{size / value / 1e9:14.3f}{of_copy:10.2f}{of_peer:11.1f}")
             row = {"threads": threads, "size": size, "contender": name, "seconds": value}
-            rows.append(row | {"of_copy": seconds["copy_"] / value, "times_torchao": peer / value})
+            rows.append(row | {"of_copy": of_copy, "times_torchao": of_peer})
         lines.append("")
     return rows, lines
 
@@ -160,14 +163,15 @@ def main() -> None:
     for threads in (1, 2):
         pin_threads(threads)
         for format in (E4M3FN, E5M2):
-            seconds = interleaved(contenders(size, format), rounds=rounds)
+            seconds = each_round(contenders(size, format), rounds=rounds)
             lines.append(
                 f"{format.name}, {size:,} float32, {threads} thread{'s' if threads > 1 else ''}, median of {rounds} rounds"
             )
             lines.append(f"  {'':34}{'G elements/s':>14}{'of copy_':>10}{'x torch pair':>14}{'x the same work':>17}")
-            for name, value in seconds.items():
-                of_copy, of_pair = seconds["copy_"] / value, seconds["torch cast pair, no scale"] / value
-                of_work = seconds["torch, the same work"] / value
+            for name, ours in seconds.items():
+                value, of_copy = statistics.median(ours), times_as_fast(ours, seconds["copy_"])
+                of_pair = times_as_fast(ours, seconds["torch cast pair, no scale"])
+                of_work = times_as_fast(ours, seconds["torch, the same work"])
                 lines.append(f"  {name:34}{size / value / 1e9:14.3f}{of_copy:10.2f}{of_pair:14.1f}{of_work:17.1f}")
                 row = {"format": format.name, "threads": threads, "size": size, "contender": name, "seconds": value}
                 rows.append(row | {"of_copy": of_copy, "times_torch_pair": of_pair, "times_same_work": of_work})

@@ -14,8 +14,10 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 
 
-def interleaved(contenders: Mapping[str, Callable[[], object]], *, rounds: int, warm_up: int = 2) -> dict[str, float]:
-    """Median seconds of each contender over rounds in which each runs once, in turn."""
+def each_round(
+    contenders: Mapping[str, Callable[[], object]], *, rounds: int, warm_up: int = 2
+) -> dict[str, list[float]]:
+    """Seconds of each contender in each of the rounds, in which each runs once, in turn."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for round_ in range(warm_up + rounds):
         for name, run in contenders.items():
@@ -23,7 +25,18 @@ def interleaved(contenders: Mapping[str, Callable[[], object]], *, rounds: int, 
             run()
             if round_ >= warm_up:
                 seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def interleaved(contenders: Mapping[str, Callable[[], object]], *, rounds: int, warm_up: int = 2) -> dict[str, float]:
+    """Median seconds of each contender over such rounds."""
+    seconds = each_round(contenders, rounds=rounds, warm_up=warm_up)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def times_as_fast(ours: list[float], theirs: list[float]) -> float:
+    """The median of the rounds' own ratios: where a machine's memory is fast and slow by turns, both are of the same moment."""
+    return statistics.median(other / one for one, other in zip(ours, theirs, strict=True))
 
 
 def pin_threads(count: int) -> None:
