@@ -31,7 +31,7 @@ lint: $(STAMP) ## format, lint and types
 
 check: lint test ## everything CI runs
 
-exhaustive: $(STAMP) ## every float32 bit pattern through every 8-bit format on two backends, and every product (about an hour)
+exhaustive: $(STAMP) ## every float32 bit pattern through every 8-bit format on two backends, and every product (over an hour)
 	$(BIN)/python tests/exhaustive.py
 
 bench: $(STAMP) ## the benchmarks, each beside its peers; writes benchmarks/results

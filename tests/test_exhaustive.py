@@ -18,10 +18,12 @@ from octavo.formats import E4M3FN, E5M2, FORMATS, Format
 def test_a_few_blocks_have_no_mismatch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["exhaustive.py", "--formats", "float8_e5m2", "--blocks", "2"])
     assert exhaustive.main() == 0
-    assert capsys.readouterr().out.split("\n")[:3] == [
-        "numba     float8_e5m2              33,554,432 patterns  0 mismatches",
-        "xla       float8_e5m2              33,554,432 patterns  0 mismatches",
-        "products  float8_e5m2                 561,152 pairs     0 mismatches",
+    assert capsys.readouterr().out.split("\n")[:5] == [
+        "numba      float8_e5m2              33,554,432 patterns  0 mismatches",
+        "saturated  float8_e5m2              33,554,432 patterns  0 mismatches",
+        "values     float8_e5m2              33,554,432 patterns  0 mismatches",
+        "xla        float8_e5m2              33,554,432 patterns  0 mismatches",
+        "products   float8_e5m2                 561,152 pairs     0 mismatches",
     ]
 
 
@@ -30,6 +32,13 @@ def test_every_product_is_exact(left: Format) -> None:
     assert {right.name: exhaustive.inexact_products(left, right) for right in exhaustive.FACTORS} == {
         format.name: 0 for format in FORMATS.values() if format.signed
     }
+
+
+def test_a_wrong_value_is_found() -> None:
+    x = np.array([1, 3, -0.0, np.nan, 1e9], np.float32)
+    codes = exhaustive.saturated(x, exhaustive.expected(x, E5M2), E5M2)
+    assert exhaustive.mismatches(octavo.quantize(x, E5M2), codes, E5M2).size == 0
+    assert exhaustive.mismatches(np.array([1, 3.5, 0, 2, np.inf], np.float32), codes, E5M2).tolist() == [1, 2, 3, 4]
 
 
 def test_a_wrong_code_is_found_and_named() -> None:

@@ -12,6 +12,18 @@ import enum
 import numpy as np
 from numba import carray
 
+from octavo.kernels.block_loops import (
+    bfloat16_of,
+    round_blocks,
+    round_blocks_stochastic,
+    round_blocks_to_bfloat16,
+    round_blocks_to_codes,
+    round_directed,
+    round_nearest,
+    round_nearest_to_bfloat16,
+    round_nearest_to_codes,
+    round_stochastic,
+)
 from octavo.kernels.block_scales import (
     R_POWER_OF_TWO,
     R_TWO_LEVEL,
@@ -23,24 +35,7 @@ from octavo.kernels.block_scales import (
     per_column,
     two_level,
 )
-from octavo.kernels.element import (
-    F32,
-    I32,
-    SIGN,
-    U64,
-    _bits,
-    _clamp,
-    _directed,
-    _drawn,
-    _finish,
-    _is_plain,
-    _nearest,
-    _nearest_plain,
-    _real,
-    _real64,
-    compiled,
-    kernel,
-)
+from octavo.kernels.element import F32, I32, SIGN, _is_plain, _real64, kernel
 from octavo.kernels.loops import (
     BFLOAT16,
     CODES,
@@ -50,7 +45,6 @@ from octavo.kernels.loops import (
     STOCHASTIC,
     STREAMED,
     TOWARD_ZERO,
-    _half_bits,
     _load,
     _store_codes,
 )
@@ -127,125 +121,6 @@ GROUP = 8
 """Tiles that a thread takes at a time, if there are many."""
 
 
-@compiled
-def _round_nearest(x_f, factor, back, out, shift, e_min, limit, top, over, inf, zero_sign):
-    """out = nearest-even(x * factor) * back, column by column."""
-    _wide_vectors()
-    if _is_plain(top, over, inf, zero_sign):
-        for j in range(x_f.size):
-            out[j] = _real(_nearest_plain(x_f[j], factor[j], shift, e_min, limit, top)) * back[j]
-        return
-    for j in range(x_f.size):
-        out[j] = _real(_nearest(x_f[j], factor[j], shift, e_min, limit, top, over, inf, zero_sign)) * back[j]
-
-
-@compiled
-def _round_nearest_to_bfloat16(x_f, factor, back, out, shift, e_min, limit, top, over, inf, zero_sign):
-    """The same to bfloat16, to nearest even."""
-    _wide_vectors()
-    if _is_plain(top, over, inf, zero_sign):
-        for j in range(x_f.size):
-            value = _real(_nearest_plain(x_f[j], factor[j], shift, e_min, limit, top)) * back[j]
-            out[j] = _half_bits(_bits(value))
-        return
-    for j in range(x_f.size):
-        value = _real(_nearest(x_f[j], factor[j], shift, e_min, limit, top, over, inf, zero_sign)) * back[j]
-        out[j] = _half_bits(_bits(value))
-
-
-@compiled
-def _round_blocks(x_f, factor, back, out, wide, decoded, shift, e_min, limit, top, over, inf, zero_sign):
-    """`_round_nearest` of whole blocks whose width is a multiple of 16, with a block's factors in a register."""
-    _wide_vectors()
-    sixteenths = U64(wide // 16)
-    if _is_plain(top, over, inf, zero_sign):
-        for b in range(U64(x_f.size // wide)):
-            f, g = factor[b], back[b] if decoded else F32(1)
-            for k in range(b * sixteenths, b * sixteenths + sixteenths):
-                for j in range(k * U64(16), k * U64(16) + U64(16)):
-                    out[j] = _real(_nearest_plain(x_f[j], f, shift, e_min, limit, top)) * g
-        return
-    for b in range(U64(x_f.size // wide)):
-        f, g = factor[b], back[b] if decoded else F32(1)
-        for k in range(b * sixteenths, b * sixteenths + sixteenths):
-            for j in range(k * U64(16), k * U64(16) + U64(16)):
-                out[j] = _real(_nearest(x_f[j], f, shift, e_min, limit, top, over, inf, zero_sign)) * g
-
-
-@compiled
-def _round_blocks_to_bfloat16(x_f, factor, back, out, wide, decoded, shift, e_min, limit, top, over, inf, zero_sign):
-    """The same to bfloat16, to nearest even."""
-    _wide_vectors()
-    sixteenths = U64(wide // 16)
-    if _is_plain(top, over, inf, zero_sign):
-        for b in range(U64(x_f.size // wide)):
-            f, g = factor[b], back[b] if decoded else F32(1)
-            for k in range(b * sixteenths, b * sixteenths + sixteenths):
-                for j in range(k * U64(16), k * U64(16) + U64(16)):
-                    value = _real(_nearest_plain(x_f[j], f, shift, e_min, limit, top)) * g
-                    out[j] = _half_bits(_bits(value))
-        return
-    for b in range(U64(x_f.size // wide)):
-        f, g = factor[b], back[b] if decoded else F32(1)
-        for k in range(b * sixteenths, b * sixteenths + sixteenths):
-            for j in range(k * U64(16), k * U64(16) + U64(16)):
-                value = _real(_nearest(x_f[j], f, shift, e_min, limit, top, over, inf, zero_sign)) * g
-                out[j] = _half_bits(_bits(value))
-
-
-@compiled
-def _round_directed(x_f, factor, back, out, shift, e_min, limit, top, over, inf, zero_sign, half):
-    """As `_directed_to_float32` of loops.py, column by column."""
-    _wide_vectors()
-    for j in range(x_f.size):
-        out[j] = _real(_directed(x_f[j], factor[j], shift, e_min, limit, top, over, inf, zero_sign, half)) * back[j]
-
-
-@compiled
-def _round_stochastic(x_f, factor, back, out, shift, e_min, limit, top, over, inf, zero_sign, draws):
-    """As `_stochastic_to_float32` of loops.py, column by column."""
-    _wide_vectors()
-    if _is_plain(top, over, inf, zero_sign):
-        for j in range(x_f.size):
-            r, u, a = _drawn(x_f[j], factor[j], shift, e_min, limit, draws[j])
-            out[j] = _real(_clamp(r, u, a, top)) * back[j]
-        return
-    for j in range(x_f.size):
-        r, u, a = _drawn(x_f[j], factor[j], shift, e_min, limit, draws[j])
-        out[j] = _real(_finish(r, u, a, top, over, inf, zero_sign)) * back[j]
-
-
-@compiled
-def _round_blocks_stochastic(
-    x_f, factor, back, out, wide, decoded, shift, e_min, limit, top, over, inf, zero_sign, draws
-):
-    """`_round_blocks`, stochastically."""
-    _wide_vectors()
-    sixteenths = U64(wide // 16)
-    if _is_plain(top, over, inf, zero_sign):
-        for b in range(U64(x_f.size // wide)):
-            f, g = factor[b], back[b] if decoded else F32(1)
-            for k in range(b * sixteenths, b * sixteenths + sixteenths):
-                for j in range(k * U64(16), k * U64(16) + U64(16)):
-                    r, u, a = _drawn(x_f[j], f, shift, e_min, limit, draws[j])
-                    out[j] = _real(_clamp(r, u, a, top)) * g
-        return
-    for b in range(U64(x_f.size // wide)):
-        f, g = factor[b], back[b] if decoded else F32(1)
-        for k in range(b * sixteenths, b * sixteenths + sixteenths):
-            for j in range(k * U64(16), k * U64(16) + U64(16)):
-                r, u, a = _drawn(x_f[j], f, shift, e_min, limit, draws[j])
-                out[j] = _real(_finish(r, u, a, top, over, inf, zero_sign)) * g
-
-
-@compiled
-def _bfloat16_of(x_i, out):
-    """float32 bits to bfloat16, to nearest even; every NaN here is the one that rounding made."""
-    _wide_vectors()
-    for j in range(out.size):
-        out[j] = _half_bits(x_i[j])
-
-
 @kernel
 def cast_blocks(arguments):
     """Float32, bfloat16 and float16 matrices."""
@@ -263,6 +138,8 @@ def cast_blocks(arguments):
     half = F32(2) if mode == TOWARD_ZERO else F32(0.5) if mode == NEAREST_AWAY else F32(0)
     special = I32(254) if p[SKIP_NAN] else I32(255)
     form = (shift, e_min, limit, top, over, inf, zero_sign)
+    coding = (shift, e_min, top, m, p[NAN_CODE], p[SIGN_MASK])
+    encodes = mode == NEAREST_EVEN and target == CODES and _is_plain(top, over, inf, zero_sign)
     from_width, width = 4 if kind == FLOAT32 else 2, 4 if target == FLOAT32 else 1 if target == CODES else 2
     large = width * n_rows * n_columns >= STREAMED and p[SOURCE] != p[TARGET]
     far = from_width * n_rows * n_columns >= STREAMED
@@ -346,7 +223,7 @@ def cast_blocks(arguments):
                 ready = narrow_at if streams else into
                 middle = round_at if streams or target != FLOAT32 else into
                 x_f, out = carray(_at(lies), (part,), np.float32), carray(_at(middle), (part,), np.float32)
-                halves = carray(_at(ready), (part,), np.uint16)
+                halves, stored = carray(_at(ready), (part,), np.uint16), carray(_at(ready), (part,), np.uint8)
                 # Not slices, whose counts of references cost as much as a few blocks.
                 one_each = q // wide if whole_blocks else q
                 f_q = carray(_at((factors if whole_blocks else column_factors) + 4 * one_each), (part,), np.float32)
@@ -355,27 +232,30 @@ def cast_blocks(arguments):
                 taken = carray(_at(random + 4 * lane), (part,), np.uint32)
                 if mode == STOCHASTIC:
                     _fill_random(random, (part + lane + 3) // 4, (p[OFFSET] + start + q) >> 2, p[SEED])
-                if whole_blocks:
+                if encodes and whole_blocks:
+                    round_blocks_to_codes(x_f, f_q, stored, run, *coding)
+                elif encodes:
+                    round_nearest_to_codes(x_f, f_q, stored, *coding)
+                elif whole_blocks:
                     if mode == STOCHASTIC:
-                        _round_blocks_stochastic(x_f, f_q, g_q, out, run, decoded, *form, taken)
+                        round_blocks_stochastic(x_f, f_q, g_q, out, run, decoded, *form, taken)
                     elif target == BFLOAT16:
-                        _round_blocks_to_bfloat16(x_f, f_q, g_q, halves, run, decoded, *form)
+                        round_blocks_to_bfloat16(x_f, f_q, g_q, halves, run, decoded, *form)
                     else:
-                        _round_blocks(x_f, f_q, g_q, out, run, decoded, *form)
+                        round_blocks(x_f, f_q, g_q, out, run, decoded, *form)
                 elif mode == NEAREST_EVEN and target == BFLOAT16:
-                    _round_nearest_to_bfloat16(x_f, f_q, g_q, halves, *form)
+                    round_nearest_to_bfloat16(x_f, f_q, g_q, halves, *form)
                 elif mode == NEAREST_EVEN:
-                    _round_nearest(x_f, f_q, g_q, out, *form)
+                    round_nearest(x_f, f_q, g_q, out, *form)
                 elif mode == STOCHASTIC:
-                    _round_stochastic(x_f, f_q, g_q, out, *form, taken)
+                    round_stochastic(x_f, f_q, g_q, out, *form, taken)
                 else:
-                    _round_directed(x_f, f_q, g_q, out, *form, half)
+                    round_directed(x_f, f_q, g_q, out, *form, half)
                 if target == FLOAT32:
                     ready = middle
                 elif target == BFLOAT16 and mode != NEAREST_EVEN:
-                    _bfloat16_of(out.view(np.int32), halves)
-                elif target == CODES:
-                    stored = carray(_at(ready), (part,), np.uint8)
+                    bfloat16_of(out.view(np.int32), halves)
+                elif target == CODES and not encodes:
                     _store_codes(out.view(np.int32), stored, m, p[BIAS], p[INF_CODE], p[NAN_CODE], p[SIGN_MASK])
                 if streams:
                     _stream(ready, into, width * part)

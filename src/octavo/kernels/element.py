@@ -13,12 +13,28 @@ from numba import njit
 
 from octavo.kernels.native import native
 
-__all__ = ["F32", "I32", "INF", "MAGNITUDE", "NAN", "SIGN", "U16", "U32", "U64", "compiled", "inlined", "kernel"]
+__all__ = [
+    "F32",
+    "I32",
+    "INF",
+    "MAGNITUDE",
+    "NAN",
+    "SIGN",
+    "U16",
+    "U32",
+    "U64",
+    "compiled",
+    "inlined",
+    "kernel",
+    "loop",
+]
 
 I32, F32, U16, U32, U64 = np.int32, np.float32, np.uint16, np.uint32, np.uint64
 MAGNITUDE, SIGN, INF, NAN = I32(0x7FFFFFFF), I32(-0x80000000), I32(0x7F800000), I32(0x7FC00000)
 
 compiled: Any = njit(cache=True, nogil=True, error_model="numpy", boundscheck=False)
+loop: Any = njit(cache=True, nogil=True, error_model="numpy", boundscheck=False, forceinline=True)
+"""For a loop over a tile: to call it would take as long as a hundred of its elements."""
 inlined: Any = njit(inline="always")
 """For a body with a branch that the loop around it has to be split at: LLVM inlines too late for that, and then has no vectors."""
 kernel = native(1)
@@ -63,40 +79,46 @@ def _finish(rounded, u, a, top, over, inf, zero_sign):
 
 @compiled
 def _is_plain(top, over, inf, zero_sign):
-    """Whether `_clamp` does for `_finish`, in fewer instructions: what is too large, and Inf, become the largest value, and -0 stays."""
+    """Whether what is too large, and Inf, become the largest value, and -0 stays: then there is less to do."""
     return over == top and inf == top and zero_sign == SIGN
 
 
 @compiled
-def _clamp(rounded, u, a, top):
-    """`_finish` where `_is_plain` says so."""
-    r = top if rounded > top else rounded
-    r = _real(NAN) if a > INF else r
-    return I32(_bits(r) | I32(u & SIGN))
-
-
-@compiled
-def _rounded(x, scale, shift, e_min, limit):
-    """One float32, scaled and rounded to nearest even at bit m: (magnitude of the result, bits that were rounded, their magnitude)."""
-    u = _bits(x * scale)
-    a = I32(u & MAGNITUDE)
-    c = I32(min(a, limit))
-    magic = _real(max(I32(c & INF), e_min) + shift)
-    return (_real(c) + magic) - magic, u, a
+def _signed(rounded, u, a):
+    """`_finish` where `_is_plain` says so, of a magnitude that was clipped before it was rounded."""
+    return I32(_bits(_real(NAN) if a > INF else rounded) | I32(u & SIGN))
 
 
 @compiled
 def _nearest(x, scale, shift, e_min, limit, top, over, inf, zero_sign):
     """One float32, scaled and rounded to nearest even at bit m: the bits of the result."""
-    r, u, a = _rounded(x, scale, shift, e_min, limit)
-    return _finish(r, u, a, top, over, inf, zero_sign)
+    u = _bits(x * scale)
+    a = I32(u & MAGNITUDE)
+    c = I32(min(a, limit))
+    magic = _real(max(I32(c & INF), e_min) + shift)
+    return _finish((_real(c) + magic) - magic, u, a, top, over, inf, zero_sign)
 
 
 @compiled
-def _nearest_plain(x, scale, shift, e_min, limit, top):
-    """The same where `_is_plain` says so."""
-    r, u, a = _rounded(x, scale, shift, e_min, limit)
-    return _clamp(r, u, a, top)
+def _nearest_plain(x, scale, shift, e_min, top):
+    """The same where `_is_plain` says so, clipped before it is rounded."""
+    u = _bits(x * scale)
+    a = _real(I32(u & MAGNITUDE))
+    c = top if a > top else a
+    magic = _real(max(I32(_bits(c) & INF), e_min) + shift)
+    return _signed((c + magic) - magic, u, _bits(a))
+
+
+@compiled
+def _nearest_code(x, scale, shift, e_min, top, drop, nan_code, sign_mask):
+    """The code of `_nearest_plain`: whole last places, as the sum with `magic` holds them, above where the binade's own codes begin."""
+    u = _bits(x * scale)
+    a = _real(I32(u & MAGNITUDE))
+    c = top if a > top else a
+    e = max(I32(_bits(c) & INF), e_min)
+    magic = I32(e + shift)
+    code = I32(_bits(c + _real(magic)) - magic) + ((e - e_min) >> drop) | ((u >> I32(31)) & sign_mask)
+    return nan_code if a != a else I32(code)
 
 
 @inlined
@@ -122,7 +144,7 @@ def _directed(x, scale, shift, e_min, limit, top, over, inf, zero_sign, half):
 
 @inlined
 def _drawn(x, scale, shift, e_min, limit, draw):
-    """As `_rounded`, but up where fraction * 2**32 + draw carries."""
+    """As `_directed`, but up where fraction * 2**32 + draw carries, and before `_finish`: (magnitude, bits that were rounded, theirs)."""
     u, a, whole, fraction, ulp = _parts(x, scale, shift, e_min, limit)
     likelihood = U32(fraction * F32(4294967296.0))
     whole += F32(1) if U32(likelihood + draw) < likelihood else F32(0)

@@ -23,24 +23,26 @@ from octavo.kernels.element import (
     U16,
     U32,
     _bits,
-    _clamp,
     _directed,
     _drawn,
     _finish,
     _is_plain,
     _magnitude64,
     _nearest,
+    _nearest_code,
     _nearest_plain,
     _real,
     _real64,
+    _signed,
     compiled,
     kernel,
 )
-from octavo.kernels.memory import address_of as _address_of
 from octavo.kernels.memory import at as _at
 from octavo.kernels.memory import atomic_add as _atomic_add
 from octavo.kernels.memory import atomic_max as _atomic_max
 from octavo.kernels.memory import fence as _fence
+from octavo.kernels.memory import keep as _keep
+from octavo.kernels.memory import line_in as _line_in
 from octavo.kernels.memory import stream as _stream
 from octavo.kernels.memory import wide_vectors as _wide_vectors
 from octavo.kernels.philox import SLACK
@@ -48,9 +50,10 @@ from octavo.kernels.philox import fill_random as _fill_random
 
 __all__ = ["CHUNK", "Kind", "Slot", "amax", "cast32"]
 
-TILE = 384
-"""Elements rounded at a time: what lies between the passes of a tile stays in the first-level cache."""
-CHUNK = 42 * TILE
+TILE, NEAR_TILE = 384, 3 * 384
+"""Elements rounded at a time: what lies between the passes of a tile stays in the first-level cache.  More of them where memory need not
+keep up, as the calls for a tile take as long as a hundred elements."""
+CHUNK = 14 * NEAR_TILE
 """Elements a thread takes at a time: a multiple of 4 (Philox's block), small enough for the second-level cache."""
 STREAMED = 1 << 25
 """Bytes from which a result is written past the caches, as it would not stay in them: then memory need not read what is overwritten."""
@@ -118,7 +121,7 @@ def _nearest_to_float32(x_f, x_i, out, scale, divisor, shift, e_min, limit, top,
     if _is_plain(top, over, inf, zero_sign):
         for i in range(x_f.size):
             peak = max(peak, I32(x_i[i] & MAGNITUDE))
-            out[i] = _real(_nearest_plain(x_f[i], scale, shift, e_min, limit, top)) / divisor
+            out[i] = _real(_nearest_plain(x_f[i], scale, shift, e_min, top)) / divisor
         return peak
     for i in range(x_f.size):
         peak = max(peak, I32(x_i[i] & MAGNITUDE))
@@ -134,11 +137,23 @@ def _nearest_to_bfloat16(x_f, x_i, out, scale, shift, e_min, limit, top, over, i
     if _is_plain(top, over, inf, zero_sign):
         for i in range(x_f.size):
             peak = max(peak, I32(x_i[i] & MAGNITUDE))
-            out[i] = U16(_nearest_plain(x_f[i], scale, shift, e_min, limit, top) >> I32(16))
+            out[i] = U16(_nearest_plain(x_f[i], scale, shift, e_min, top) >> I32(16))
         return peak
     for i in range(x_f.size):
         peak = max(peak, I32(x_i[i] & MAGNITUDE))
         out[i] = U16(_nearest(x_f[i], scale, shift, e_min, limit, top, over, inf, zero_sign) >> I32(16))
+    return peak
+
+
+@compiled
+def _nearest_to_codes(x_f, x_i, out, scale, shift, e_min, top, m, nan_code, sign_mask):
+    """out (uint8) = the codes of nearest-even(x * scale) where `_is_plain`; returns the bits of amax(|x|)."""
+    _wide_vectors()
+    peak = I32(0)
+    drop, nan_code, sign_mask = I32(23 - m), I32(nan_code), I32(sign_mask)
+    for i in range(x_f.size):
+        peak = max(peak, I32(x_i[i] & MAGNITUDE))
+        out[i] = np.uint8(_nearest_code(x_f[i], scale, shift, e_min, top, drop, nan_code, sign_mask))
     return peak
 
 
@@ -161,8 +176,8 @@ def _stochastic_to_float32(x_f, x_i, out, scale, divisor, shift, e_min, limit, t
     if _is_plain(top, over, inf, zero_sign):
         for i in range(x_f.size):
             peak = max(peak, I32(x_i[i] & MAGNITUDE))
-            r, u, a = _drawn(x_f[i], scale, shift, e_min, limit, draws[i])
-            out[i] = _real(_clamp(r, u, a, top)) / divisor
+            r, u, a = _drawn(x_f[i], scale, shift, e_min, _bits(top), draws[i])
+            out[i] = _real(_signed(r, u, a)) / divisor
         return peak
     for i in range(x_f.size):
         peak = max(peak, I32(x_i[i] & MAGNITUDE))
@@ -244,23 +259,30 @@ def cast32(arguments):
     limit = I32(((p[MAX_CODE] >> m) - p[BIAS] + 129) << 23)  # 2**(emax + 2)
     zero_sign = SIGN if p[NEGATIVE_ZERO] else I32(0)
     half = F32(2) if mode == TOWARD_ZERO else F32(0.5) if mode == NEAREST_AWAY else F32(0)
-    loaded, rounded, narrowed = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.uint16)
-    words, lane = np.empty(TILE + SLACK + 8 if mode == STOCHASTIC else 0, np.uint32), p[OFFSET] & 3
-    narrow = mode == NEAREST_EVEN and target == BFLOAT16 and divisor == F32(1)
     from_width, width = 4 if kind == FLOAT32 else 2, 4 if target == FLOAT32 else 1 if target == CODES else 2
+    streams = mode != STOCHASTIC and width * n >= STREAMED and p[TARGET] % 64 == 0 and p[SOURCE] != p[TARGET]
+    most = TILE if streams else NEAR_TILE
+    loaded, rounded, narrowed = (
+        np.empty(most + 16, np.float32),
+        np.empty(most + 16, np.float32),
+        np.empty(most + 32, np.uint16),
+    )
+    words, lane = np.empty(most + SLACK + 24 if mode == STOCHASTIC else 0, np.uint32), p[OFFSET] & 3
+    load_at, round_at, narrow_at, words_at = _line_in(loaded), _line_in(rounded), _line_in(narrowed), _line_in(words)
+    narrow = mode == NEAREST_EVEN and target == BFLOAT16 and divisor == F32(1)
+    encode = mode == NEAREST_EVEN and target == CODES and _is_plain(top, over, inf, zero_sign)
     # In place, the compiler could not know that no element is read after it was written: such a tile is copied first.
     apart = kind == FLOAT32 and p[SOURCE] != p[TARGET]
-    streams = mode != STOCHASTIC and width * n >= STREAMED and p[TARGET] % 64 == 0 and p[SOURCE] != p[TARGET]
     peak = I32(0)
     while True:
         start = _atomic_add(arguments + 8 * NEXT_CHUNK, 1) * CHUNK
         if start >= n:
             break
         end = min(start + CHUNK, n)
-        for t in range(start, end, TILE):
-            size = min(TILE, end - t)
+        for t in range(start, end, most):
+            size = min(most, end - t)
             source, into = p[SOURCE] + from_width * t, p[TARGET] + width * t
-            place, ready = _address_of(loaded), _address_of(narrowed) if streams else into
+            place, ready = load_at, narrow_at if streams else into
             if apart:
                 place = source
             elif kind == FLOAT32:
@@ -269,17 +291,19 @@ def cast32(arguments):
                 bits = carray(_at(place), (size,), np.int32)
                 _load(carray(_at(source), (size,), np.uint16), bits, kind == BFLOAT16)
             f, b = carray(_at(place), (size,), np.float32), carray(_at(place), (size,), np.int32)
-            halves = carray(_at(ready), (size,), np.uint16)
-            if narrow:
+            halves, codes = carray(_at(ready), (size,), np.uint16), carray(_at(ready), (size,), np.uint8)
+            if encode:
+                seen = _nearest_to_codes(f, b, codes, scale, shift, e_min, top, m, p[NAN_CODE], p[SIGN_MASK])
+            elif narrow:
                 seen = _nearest_to_bfloat16(f, b, halves, scale, shift, e_min, limit, top, over, inf, zero_sign)
             else:
-                middle = _address_of(rounded) if streams or target != FLOAT32 else into
+                middle = round_at if streams or target != FLOAT32 else into
                 o, r = carray(_at(middle), (size,), np.float32), carray(_at(middle), (size,), np.int32)
                 if mode == NEAREST_EVEN:
                     seen = _nearest_to_float32(f, b, o, scale, divisor, shift, e_min, limit, top, over, inf, zero_sign)
                 elif mode == STOCHASTIC:
-                    _fill_random(_address_of(words), (size + lane + 3) // 4, (p[OFFSET] + t) >> 2, p[SEED])
-                    draws = carray(_at(_address_of(words) + 4 * lane), (size,), np.uint32)
+                    _fill_random(words_at, (size + lane + 3) // 4, (p[OFFSET] + t) >> 2, p[SEED])
+                    draws = carray(_at(words_at + 4 * lane), (size,), np.uint32)
                     seen = _stochastic_to_float32(
                         f, b, o, scale, divisor, shift, e_min, limit, top, over, inf, zero_sign, draws
                     )
@@ -294,13 +318,16 @@ def cast32(arguments):
                 elif target == FLOAT16:
                     _store_float16(r, halves)
                 else:
-                    codes = carray(_at(ready), (size,), np.uint8)
                     _store_codes(r, codes, m, p[BIAS], p[INF_CODE], p[NAN_CODE], p[SIGN_MASK])
             peak = max(peak, seen)
             if streams:
                 _stream(ready, into, width * size)
     if streams:
         _fence()
+    _keep(loaded)
+    _keep(rounded)
+    _keep(narrowed)
+    _keep(words)
     _atomic_max(arguments + 8 * AMAX, np.int64(peak))
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "fence",
     "fma",
     "keep",
+    "line_in",
     "ordered_add",
     "ordered_exchange",
     "stream",
@@ -68,6 +69,13 @@ def address_of(array):
     The array lives until it is last named, whatever is done with its address: see `keep`.
     """
     return np.int64(array.ctypes.data)
+
+
+@njit(cache=True)
+def line_in(array):
+    """Where the first cache line begins that lies in an array, which has 64 bytes to spare: vectors there cross no line.  See `keep`."""
+    address = address_of(array)
+    return address + (-address & 63)
 
 
 @njit(cache=True)
