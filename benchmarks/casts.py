@@ -143,6 +143,42 @@ def measure_scaled(size: int, rounds: int) -> tuple[list[dict[str, Any]], list[s
     return rows, lines
 
 
+def repeated(call: Callable[[], Any], times: int) -> Callable[[], Any]:
+    def calls() -> None:
+        for _ in range(times):
+            call()
+
+    return calls
+
+
+def measure_sizes(powers: range, rounds: int) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows and lines of tensors of 2**power elements, from those that a layer of this lab has to those that no cache holds."""
+    ours, names = "octavo quantize, amax, scale", ("copy_", "torch cast pair, no scale", "torch, the same work")
+    rows, lines = [], []
+    for format in (E4M3FN, E5M2):
+        lines.append(f"{format.name} by size: {ours}; median of {rounds} rounds; one thread / two")
+        lines.append(
+            f"  {'elements':>12}{'G elements/s':>20}{'of copy_':>18}{'x torch pair':>18}{'x the same work':>18}"
+        )
+        for size in (1 << power for power in powers):
+            found = []
+            for threads in (1, 2):
+                pin_threads(threads)
+                every, times = contenders(size, format), max(1, (1 << 22) // size)
+                seconds = each_round({name: repeated(every[name], times) for name in (ours, *names)}, rounds=rounds)
+                ratios = [times_as_fast(seconds[ours], seconds[name]) for name in names]
+                found.append([size * times / statistics.median(seconds[ours]) / 1e9, *ratios])
+                row = {"format": format.name, "threads": threads, "size": size, "contender": f"{ours}, by size"}
+                kinds = ("seconds", "of_copy", "times_torch_pair", "times_same_work")
+                rows.append(row | dict(zip(kinds, [statistics.median(seconds[ours]) / times, *ratios], strict=True)))
+            (speed, *one), (speed_2, *two) = found
+            cells = [f"{speed:.2f} / {speed_2:.2f}".rjust(20)]
+            cells += [f"{a:.{d}f} / {b:.{d}f}".rjust(18) for a, b, d in zip(one, two, (2, 1, 1), strict=True)]
+            lines.append(f"  {size:12,}{''.join(cells)}")
+        lines.append("")
+    return rows, lines
+
+
 PUBLISHED = """Intel's FP8 Emulation Toolkit, as published: a 2-core AVX-512 Xeon, 16 M float32, on one / two threads
                                       G elements/s    of copy_
   copy_                                  1.4 / 2.7
@@ -177,7 +213,8 @@ def main() -> None:
                 rows.append(row | {"of_copy": of_copy, "times_torch_pair": of_pair, "times_same_work": of_work})
             lines.append("")
     more, further = measure_scaled(size, min(rounds, 7))
-    rows, lines = rows + more, [*lines, *further, PUBLISHED]
+    by_size, sized = measure_sizes(range(16, 23, 2) if arguments.quick else range(16, 25), min(rounds, 7))
+    rows, lines = rows + by_size + more, [*lines, *sized, *further, PUBLISHED]
     save("casts-quick" if arguments.quick else "casts", rows, "\n".join(lines))
 
 
