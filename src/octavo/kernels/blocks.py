@@ -58,8 +58,8 @@ from octavo.kernels.memory import keep as _keep
 from octavo.kernels.memory import stream as _stream
 from octavo.kernels.memory import wide_vectors as _wide_vectors
 from octavo.kernels.peaks import peaks_of_rows
-from octavo.kernels.philox import SLACK
-from octavo.kernels.philox import fill_random as _fill_random
+from octavo.kernels.philox import draw as _draw
+from octavo.kernels.philox import room as _room
 
 __all__ = ["BlockSlot", "cast_blocks"]
 
@@ -152,7 +152,7 @@ def cast_blocks(arguments):
     one, other = np.empty(tile + 16, np.int32), np.empty(tile + 16, np.int32)
     factor, back = np.empty(most, np.float32), np.empty(most, np.float32)
     column_factor, column_back = np.empty(tile, np.float32), np.ones(tile, np.float32)
-    draws = np.empty(held + SLACK + 8 if mode == STOCHASTIC else 0, np.uint32)
+    draws = np.empty(_room(held) if mode == STOCHASTIC else 0, np.uint32)
     factors, backs, random = _address_of(factor), _address_of(back), _address_of(draws)
     column_factors, column_backs = _address_of(column_factor), _address_of(column_back)
     load_at, round_at, narrow_at = _address_of(loaded), _address_of(rounded), _address_of(narrowed)
@@ -228,10 +228,10 @@ def cast_blocks(arguments):
                 one_each = q // wide if whole_blocks else q
                 f_q = carray(_at((factors if whole_blocks else column_factors) + 4 * one_each), (part,), np.float32)
                 g_q = carray(_at((backs if whole_blocks else column_backs) + 4 * one_each), (part,), np.float32)
-                run, decoded, lane = min(wide, part), p[DECODED] != 0, (p[OFFSET] + start + q) & 3
-                taken = carray(_at(random + 4 * lane), (part,), np.uint32)
+                run, decoded, first_word = min(wide, part), p[DECODED] != 0, random
                 if mode == STOCHASTIC:
-                    _fill_random(random, (part + lane + 3) // 4, (p[OFFSET] + start + q) >> 2, p[SEED])
+                    first_word = _draw(random, part, p[OFFSET] + start + q, p[SEED])
+                taken = carray(_at(first_word), (part,), np.uint32)
                 if encodes and whole_blocks:
                     round_blocks_to_codes(x_f, f_q, stored, run, *coding)
                 elif encodes:

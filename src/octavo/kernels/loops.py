@@ -45,8 +45,8 @@ from octavo.kernels.memory import keep as _keep
 from octavo.kernels.memory import line_in as _line_in
 from octavo.kernels.memory import stream as _stream
 from octavo.kernels.memory import wide_vectors as _wide_vectors
-from octavo.kernels.philox import SLACK
-from octavo.kernels.philox import fill_random as _fill_random
+from octavo.kernels.philox import draw as _draw
+from octavo.kernels.philox import room as _room
 
 __all__ = ["CHUNK", "Kind", "Slot", "amax", "cast32"]
 
@@ -267,7 +267,7 @@ def cast32(arguments):
         np.empty(most + 16, np.float32),
         np.empty(most + 32, np.uint16),
     )
-    words, lane = np.empty(most + SLACK + 24 if mode == STOCHASTIC else 0, np.uint32), p[OFFSET] & 3
+    words = np.empty(_room(most) + 16 if mode == STOCHASTIC else 0, np.uint32)
     load_at, round_at, narrow_at, words_at = _line_in(loaded), _line_in(rounded), _line_in(narrowed), _line_in(words)
     narrow = mode == NEAREST_EVEN and target == BFLOAT16 and divisor == F32(1)
     encode = mode == NEAREST_EVEN and target == CODES and _is_plain(top, over, inf, zero_sign)
@@ -302,8 +302,7 @@ def cast32(arguments):
                 if mode == NEAREST_EVEN:
                     seen = _nearest_to_float32(f, b, o, scale, divisor, shift, e_min, limit, top, over, inf, zero_sign)
                 elif mode == STOCHASTIC:
-                    _fill_random(words_at, (size + lane + 3) // 4, (p[OFFSET] + t) >> 2, p[SEED])
-                    draws = carray(_at(words_at + 4 * lane), (size,), np.uint32)
+                    draws = carray(_at(_draw(words_at, size, p[OFFSET] + t, p[SEED])), (size,), np.uint32)
                     seen = _stochastic_to_float32(
                         f, b, o, scale, divisor, shift, e_min, limit, top, over, inf, zero_sign, draws
                     )

@@ -16,13 +16,16 @@ from numba import carray
 from octavo.formats import Format
 from octavo.kernels import cpu, memory, philox, threads
 from octavo.kernels.element import F32, I32, INF, MAGNITUDE, NAN, SIGN, U64, _bits, compiled, kernel
-from octavo.kernels.loops import CHUNK, SLACK, TILE
+from octavo.kernels.loops import CHUNK, TILE
 
 __all__ = ["round_in_place"]
 
+_address_of: Any = memory.address_of
 _at: Any = memory.at
 _atomic_add: Any = memory.atomic_add
-_fill_random: Any = philox.fill_random
+_draw: Any = philox.draw
+_keep: Any = memory.keep
+_room: Any = philox.room
 _wide_vectors: Any = memory.wide_vectors
 
 
@@ -80,7 +83,7 @@ def _chunks(arguments: Any) -> None:
     p = carray(_at(arguments), (SLOTS,), np.int64)
     m, e_min, max_code, infinite = I32(p[MANTISSA_BITS]), I32(p[E_MIN]), I32(p[MAX_CODE]), I32(p[INF_BECOMES])
     zero_sign, smallest = I32(p[ZERO_SIGN]), I32(p[SMALLEST]).view(np.float32)
-    draws = np.empty(TILE + SLACK, np.uint32)
+    words = np.empty(_room(TILE), np.uint32)
     while True:
         start = _atomic_add(arguments + 8 * NEXT_CHUNK, 1) * CHUNK
         if start >= p[SIZE]:
@@ -88,9 +91,10 @@ def _chunks(arguments: Any) -> None:
         end = min(start + CHUNK, p[SIZE])
         for t in range(start, end, TILE):
             size = min(TILE, end - t)
-            _fill_random(draws.ctypes.data, (size + 3) // 4, (p[OFFSET] + t) >> 2, p[SEED])
+            draws = carray(_at(_draw(_address_of(words), size, p[OFFSET] + t, p[SEED])), (size,), np.uint32)
             x = carray(_at(p[ADDRESS] + 4 * t), (size,), np.int32)
-            _round_all(x, draws[:size], m, e_min, max_code, infinite, zero_sign, smallest)
+            _round_all(x, draws, m, e_min, max_code, infinite, zero_sign, smallest)
+    _keep(words)
 
 
 _kernel: Any = kernel(_chunks)

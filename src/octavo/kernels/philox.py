@@ -13,7 +13,7 @@ from octavo.kernels.element import U64, compiled
 from octavo.kernels.memory import wide_vectors
 from octavo.kernels.vectors import I32, I64, loop, number, pointer, same, splat
 
-__all__ = ["SLACK", "fill_random"]
+__all__ = ["SLACK", "draw", "fill_random", "room"]
 
 LANES = 8
 """Counters in a vector, 64 bits each."""
@@ -120,3 +120,17 @@ def fill_random(address, blocks, first, seed):
             _fill(address + 16 * b, first + b, 0, 1, U64(seed))
         return
     _fill(address, first, vectors // ABREAST, vectors % ABREAST, U64(seed))
+
+
+@compiled
+def room(size):
+    """How many words of memory `draw` needs for so many elements."""
+    return size + 6 + SLACK
+
+
+@compiled
+def draw(address, size, place, seed):
+    """Write the words of the `size` elements from `place` on, in blocks of four, at an address; where the first of them lies."""
+    lane = place & 3
+    fill_random(address, (size + lane + 3) // 4, place >> 2, seed)
+    return address + 4 * lane

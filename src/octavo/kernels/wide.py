@@ -31,7 +31,6 @@ from octavo.kernels.loops import (
     SEED,
     SIGN_MASK,
     SIZE,
-    SLACK,
     SLOTS,
     SOURCE,
     SOURCE_KIND,
@@ -43,11 +42,14 @@ from octavo.kernels.loops import (
     _at,
     _atomic_add,
     _atomic_max,
-    _fill_random,
     _load,
     _store_bfloat16,
     _store_float16,
 )
+from octavo.kernels.memory import address_of as _address_of
+from octavo.kernels.memory import keep as _keep
+from octavo.kernels.philox import draw as _draw
+from octavo.kernels.philox import room as _room
 
 __all__ = ["cast64"]
 
@@ -91,7 +93,7 @@ def cast64(arguments):
     scale, divisor = _real64(p[SCALE]), _real64(p[DIVISOR])
     values = carray(_at(p[VALUES]), (256,), np.float32)
     loaded, rounded = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
-    draws = np.zeros(CHUNK + SLACK + 8, np.uint32)
+    words = np.zeros(_room(CHUNK), np.uint32)
     peak = np.int64(0)
     while True:
         start = _atomic_add(arguments + 8 * NEXT_CHUNK, 1) * CHUNK
@@ -103,8 +105,10 @@ def cast64(arguments):
             loaded[:size] = carray(_at(p[SOURCE] + 4 * start), (size,), np.float32)
         elif kind != FLOAT64:
             _load(carray(_at(p[SOURCE] + 2 * start), (size,), np.uint16), loaded.view(np.int32), kind == BFLOAT16)
+        first_word = _address_of(words)
         if p[ROUNDING] == STOCHASTIC:
-            _fill_random(draws.ctypes.data, (size + 7) // 4, (p[OFFSET] + start) >> 2, p[SEED])
+            first_word = _draw(first_word, size, p[OFFSET] + start, p[SEED])
+        draws = carray(_at(first_word), (size,), np.uint32)
         codes = carray(_at(p[TARGET] + start), (size,), np.uint8)
         wide = carray(_at(p[TARGET] + 8 * start), (size,), np.float64)
         for i in range(size):
@@ -114,7 +118,7 @@ def cast64(arguments):
             else:
                 peak = max(peak, _magnitude64(np.float64(loaded[i])))
                 value = np.float64(loaded[i] * F32(scale))
-            code = _code_of(value, p, np.int64(draws[(p[OFFSET] & 3) + i]))
+            code = _code_of(value, p, np.int64(draws[i]))
             if target == CODES:
                 codes[i] = np.uint8(code)
             elif target == FLOAT64:
@@ -127,4 +131,5 @@ def cast64(arguments):
             _store_bfloat16(rounded.view(np.int32), carray(_at(p[TARGET] + 2 * start), (size,), np.uint16))
         elif target == FLOAT16:
             _store_float16(rounded.view(np.int32), carray(_at(p[TARGET] + 2 * start), (size,), np.uint16))
+    _keep(words)
     _atomic_max(arguments + 8 * AMAX, peak)
