@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from octavo import recipes, reference
-from octavo.formats import E4M3FN, E5M2
+from octavo.formats import E4M3FN, E5M2, TF32
 from octavo.recipes import NAMED, Accumulator, Recipe, TensorSpec, on_hopper
-from octavo.rounding import Rounding
+from octavo.rounding import Overflow, Rounding
 from octavo.scaling import Block, Current, Row
 from octavo.torch import Linear, autocast, convert
 from octavo.torch import table as tables
+from octavo.torch.operands import Cast
 
 every_recipe = pytest.mark.parametrize("recipe", [make() for make in NAMED.values()], ids=list(NAMED))
 SHAPES = [(37, 75, 53), (128, 256, 130), (1, 3, 2), (0, 5, 4)]
@@ -240,3 +241,26 @@ def test_micro_batches_that_share_a_weight_are_those_that_do_not(recipe: Recipe)
         shared = [layer(part, is_first_microbatch=first) for part, first in zip(x, (True, False), strict=True)]
     for one, other in zip(apart, shared, strict=True):
         assert one.equal(other)
+
+
+def tf32_of(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """float32 to nearest even at 10 bits of mantissa, in float64's arithmetic."""
+    fraction, exponent = np.frexp(x.astype(np.float64))
+    ulp = np.maximum(exponent, -125) - 11  # float32's subnormals keep its last places
+    with np.errstate(over="ignore"):
+        return np.ldexp(np.rint(np.ldexp(fraction, exponent - ulp)), ulp).astype(np.float32)
+
+
+@pytest.mark.parametrize("special", [[], [np.inf, -np.inf], [np.nan, -np.nan, np.inf]], ids=["finite", "inf", "nan"])
+def test_an_operand_in_tf32_has_ten_bits_of_mantissa(special: list[float]) -> None:
+    bits = np.random.default_rng(3).integers(0, 1 << 32, 1 << 16, dtype=np.uint32)
+    edges = np.array([0, 1 << 31, 0x3F801000, 0x3F803000, 0x00001000, 0x7F7FFFFF, 0xFF7FF000], np.uint32)
+    x = np.concatenate([bits, edges]).view(np.float32)
+    x = np.concatenate([np.where(np.isfinite(x), x, np.float32(0)), np.array(special, np.float32)])
+    if special and special[0] != special[0]:  # all bits set: a carry would leave -0
+        x[-3:-1].view(np.uint32)[:] = 0x7FFFFFFF, 0xFFFFFFFF
+    cast = Cast(TensorSpec(TF32, overflow=Overflow.NONE), upright=False, number=0)
+    ours, due = cast(torch.from_numpy(x.copy())[None], 1.0).values.numpy()[0], tf32_of(x)
+    nan = np.isnan(x)
+    assert np.array_equal(np.isnan(ours), nan)
+    assert np.array_equal(ours[~nan].view(np.uint32), due[~nan].view(np.uint32))

@@ -114,8 +114,10 @@ class Cast:
         """The operand that x makes.  delayed: the scale that its history gives, where the recipe goes by it; seed: of random draws."""
         if self.spec.format.bits > 8:
             x = dense(x)
-            amax = cpu.amax(_buffer(x)) if x.device.type == "cpu" else 0.0
-            return Operand(_rounded(x, self.spec.format), not self.upright, amax=amax)
+            here = x.device.type == "cpu"
+            amax = cpu.amax(_buffer(x)) if here else 0.0
+            clean = here and amax == amax
+            return Operand(_rounded(x, self.spec.format, clean=clean), not self.upright, amax=amax)
         x, upright = self._laid(x)
         values = torch.empty(x.shape, dtype=operand_dtype())
         if not self.whole:
@@ -224,8 +226,11 @@ class Cast:
         return operand, Packed(target, np.ascontiguousarray(back), (high, wide), operand)
 
 
-def _rounded(x: Tensor, format: Format) -> Tensor:
-    """x to nearest even in a wider format, finite overflow to Inf, in the narrowest dtype that `octavo.torch.gemm` multiplies exactly."""
+def _rounded(x: Tensor, format: Format, *, clean: bool) -> Tensor:
+    """x to nearest even in a wider format, finite overflow to Inf, in the narrowest dtype that `octavo.torch.gemm` multiplies exactly.
+
+    clean: x is known to hold no NaN, whose bits would otherwise be kept from carrying.
+    """
     if x.dtype is torch.float64:
         raise ValueError(
             f"{format.name} takes float32, bfloat16 and float16 layers; got float64: convert it (module.float())"
@@ -237,6 +242,6 @@ def _rounded(x: Tensor, format: Format) -> Tensor:
     wide = x.float()
     drop = 23 - format.mantissa_bits
     bits = wide.view(torch.int32)
-    half = (1 << (drop - 1)) - 1
-    rounded = ((bits + half + ((bits >> drop) & 1)) & -(1 << drop)).view(torch.float32)
-    return torch.where(wide.isnan(), wide, rounded)
+    odd = (bits >> drop).bitwise_and_(1)
+    rounded = odd.add_((1 << (drop - 1)) - 1).add_(bits).bitwise_and_(-(1 << drop)).view(torch.float32)
+    return rounded if clean else torch.where(wide.isnan(), wide, rounded)
