@@ -9,7 +9,19 @@ import enum
 
 import numpy as np
 
-from octavo.kernels.element import F32, I32, INF, MAGNITUDE, NAN, SIGN, U64, _bits, _nearest, _real, compiled
+from octavo.kernels.element import (
+    F32,
+    I32,
+    INF,
+    MAGNITUDE,
+    NAN,
+    U64,
+    _bits,
+    _nearest_code,
+    _nearest_plain,
+    _real,
+    compiled,
+)
 from octavo.kernels.loops import _wide_vectors
 
 __all__ = [
@@ -149,16 +161,14 @@ def float_scales(blocks, scales, factor, back, maximum, epsilon, power_of_two):
 def two_level(blocks, codes, factor, back, maximum, whole, decoded, whole_back, whole_reciprocal):
     """E4M3 scales under the scale of the whole tensor."""
     _wide_vectors()
-    shift, e_min, limit, top = I32(20 << 23), I32(121 << 23), I32(137 << 23), F32(448)
+    shift, e_min, top = I32(20 << 23), I32(121 << 23), F32(448)
     reciprocal, inverse = F32(1) / maximum, F32(1) / whole
     for b in range(U64(blocks.size)):
         target = min(_real(blocks[b]) * (whole * reciprocal), FLT_MAX)
         target = _real(NAN) if blocks[b] > INF else target
-        bits = _nearest(target, F32(1), shift, e_min, limit, top, top, top, SIGN)
+        bits = _nearest_plain(target, F32(1), shift, e_min, top)
         value = _real(bits)
-        normal = (bits >> I32(20)) - I32(120 << 3)
-        code = normal if value >= F32(2.0**-6) else I32(value * F32(512))
-        codes[b] = np.uint8(I32(0x7F) if bits > INF else code)
+        codes[b] = np.uint8(_nearest_code(target, F32(1), shift, e_min, top, I32(20), I32(0x7F), I32(0)))
         encode = min(F32(1) / (value * inverse), FLT_MAX)
         factor[b] = value if bits > INF else encode
         back[b] = value * whole_back * whole_reciprocal if decoded == 2 else value

@@ -26,15 +26,12 @@ __all__ = [
     "compiled",
     "inlined",
     "kernel",
-    "loop",
 ]
 
 I32, F32, U16, U32, U64 = np.int32, np.float32, np.uint16, np.uint32, np.uint64
 MAGNITUDE, SIGN, INF, NAN = I32(0x7FFFFFFF), I32(-0x80000000), I32(0x7F800000), I32(0x7FC00000)
 
 compiled: Any = njit(cache=True, nogil=True, error_model="numpy", boundscheck=False)
-loop: Any = njit(cache=True, nogil=True, error_model="numpy", boundscheck=False, forceinline=True)
-"""For a loop over a tile: to call it would take as long as a hundred of its elements."""
 inlined: Any = njit(inline="always")
 """For a body with a branch that the loop around it has to be split at: LLVM inlines too late for that, and then has no vectors."""
 kernel = native(1)
