@@ -13,7 +13,7 @@ from octavo.kernels import cpu, matrices
 from octavo.kernels.arrays import library_of
 from octavo.kernels.loops import STREAMED, TILE
 from octavo.kernels.peaks import peaks_of_rows
-from octavo.kernels.philox import SLACK, fill_random
+from octavo.kernels.philox import SLACK, draw, fill_random, room
 from octavo.rounding import Rounding, random_bits
 from octavo.scaling import Block, BlockScale, Row, Scaling
 from octavo.table import TensorSpec
@@ -28,6 +28,15 @@ def test_draws_are_philox_and_no_more_is_written_than_said(first: int, seed: int
         words = np.full(4 * blocks + SLACK + 1, CANARY, np.uint32)
         fill_random(words.ctypes.data, blocks, first, np.uint64(seed))
         np.testing.assert_array_equal(words[: 4 * blocks], random_bits(seed, 4 * first, 4 * blocks))
+        assert words[-1] == CANARY
+
+
+@pytest.mark.parametrize("place", [*range(5), (1 << 34) - 5, (1 << 62) + 3])
+def test_elements_draw_by_their_place_in_the_room_that_they_need(place: int) -> None:
+    for size in [*range(1, 30), TILE, 385, 1023]:
+        words = np.full(room(size) + 1, CANARY, np.uint32)
+        first = (draw(words.ctypes.data, size, place, np.uint64(7)) - words.ctypes.data) // 4
+        np.testing.assert_array_equal(words[first : first + size], random_bits(7, place, size))
         assert words[-1] == CANARY
 
 

@@ -96,6 +96,25 @@ def test_other_dtypes_are_rounded_once(spec: TensorSpec, dtype: Any) -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_what_the_definition_casts_may_be_a_tensor_of_any_kind(dtype: torch.dtype) -> None:
+    spec = TensorSpec(E2M1FN, Block(shape=(1, 32), scale=BlockScale.RCEIL, skip_nan=True))
+    x = torch.randn(3, 70).to(dtype)
+    same(matrices.encode_matrix(x, spec), x.float().numpy(), spec, matrices.quantize_matrix(x, spec))
+
+
+@pytest.mark.parametrize("payload", [0x7FC00000, 0x7FFFFFFF, 0xFFFFFFFF], ids=hex)
+def test_a_nan_of_any_bits_leaves_nan_where_its_scale_is_every_block_s(payload: int) -> None:
+    x = np.ones((1, 32), np.float32)
+    x.view(np.uint32)[0, 3] = payload
+    into, scales, library = torch.empty(1, 32, dtype=torch.bfloat16), np.empty((1, 2), np.uint8), library_of(x)
+    target = library_of(into).buffer(into)
+    matrices.cast_blocks(
+        library.buffer(x), target, scales.ctypes.data, (1, 32), TensorSpec(E4M3FN, TwoLevel()), decoded=2
+    )
+    assert into.isnan().all()
+
+
 @pytest.mark.parametrize("spec", sorted(NAMED_SPECS, key=str), ids=str)
 def test_threads_and_strides_change_no_bit(spec: TensorSpec) -> None:
     wide = torch.randn(700, 300)

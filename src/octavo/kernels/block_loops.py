@@ -117,7 +117,7 @@ def round_blocks_to_bfloat16(x_f, factor, back, out, wide, decoded, shift, e_min
 
 @compiled
 def round_blocks_to_codes(x_f, factor, out, wide, shift, e_min, top, m, nan_code, sign_mask):
-    """The same of whole blocks."""
+    """`round_nearest_to_codes` of whole blocks whose width is a multiple of 16."""
     _wide_vectors()
     sixteenths = U64(wide // 16)
     drop, nan_code, sign_mask = I32(23 - m), I32(nan_code), I32(sign_mask)
@@ -175,7 +175,7 @@ def round_blocks_stochastic(
 
 @compiled
 def bfloat16_of(x_i, out):
-    """float32 bits to bfloat16, to nearest even; every NaN here is the one that rounding made."""
+    """float32 bits to bfloat16, to nearest even; every NaN here is the one that rounding, or a scale, made."""
     _wide_vectors()
     for j in range(out.size):
         out[j] = _half_bits(x_i[j])

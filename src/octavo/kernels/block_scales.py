@@ -171,7 +171,8 @@ def two_level(blocks, codes, factor, back, maximum, whole, decoded, whole_back, 
         codes[b] = np.uint8(_nearest_code(target, F32(1), shift, e_min, top, I32(20), I32(0x7F), I32(0)))
         encode = min(F32(1) / (value * inverse), FLT_MAX)
         factor[b] = value if bits > INF else encode
-        back[b] = value * whole_back * whole_reciprocal if decoded == 2 else value
+        undone = value * whole_back * whole_reciprocal if decoded == 2 else value
+        back[b] = undone if undone == undone else _real(NAN)
 
 
 @compiled

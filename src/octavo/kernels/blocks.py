@@ -152,20 +152,20 @@ def cast_blocks(arguments):
     one, other = np.empty(tile + 16, np.int32), np.empty(tile + 16, np.int32)
     factor, back = np.empty(most, np.float32), np.empty(most, np.float32)
     column_factor, column_back = np.empty(tile, np.float32), np.ones(tile, np.float32)
-    draws = np.empty(_room(held) if mode == STOCHASTIC else 0, np.uint32)
-    factors, backs, random = _address_of(factor), _address_of(back), _address_of(draws)
+    words = np.empty(_room(held) if mode == STOCHASTIC else 0, np.uint32)
+    factors, backs, words_at = _address_of(factor), _address_of(back), _address_of(words)
     column_factors, column_backs = _address_of(column_factor), _address_of(column_back)
     load_at, round_at, narrow_at = _address_of(loaded), _address_of(rounded), _address_of(narrowed)
     peak = I32(0)
     count = ((n_rows + high - 1) // high) * tiles
-    drawn, last, group = 0, 0, min(GROUP, 1 + count // 16)
+    following, beyond_group, group = 0, 0, min(GROUP, 1 + count // 16)
     while True:
-        if drawn == last:  # a few neighbours at a time: the memory of the next one is asked for early
-            drawn = _atomic_add(arguments + 8 * NEXT, group)
-            last = min(drawn + group, count)
-            if drawn >= count:
+        if following == beyond_group:  # a few neighbours at a time: the memory of the next one is asked for early
+            following = _atomic_add(arguments + 8 * NEXT, group)
+            beyond_group = min(following + group, count)
+            if following >= count:
                 break
-        item, drawn = drawn, drawn + 1
+        item, following = following, following + 1
         block_row, first = item // tiles, (item % tiles) * tile
         row, size = block_row * high, min(tile, n_columns - first)
         beyond = ((item + 1) // tiles * high - row) * n_columns + (item + 1) % tiles * tile - first
@@ -228,17 +228,17 @@ def cast_blocks(arguments):
                 one_each = q // wide if whole_blocks else q
                 f_q = carray(_at((factors if whole_blocks else column_factors) + 4 * one_each), (part,), np.float32)
                 g_q = carray(_at((backs if whole_blocks else column_backs) + 4 * one_each), (part,), np.float32)
-                run, decoded, first_word = min(wide, part), p[DECODED] != 0, random
+                run, decoded, draws_at = min(wide, part), p[DECODED] != 0, words_at
                 if mode == STOCHASTIC:
-                    first_word = _draw(random, part, p[OFFSET] + start + q, p[SEED])
-                taken = carray(_at(first_word), (part,), np.uint32)
+                    draws_at = _draw(words_at, part, p[OFFSET] + start + q, p[SEED])
+                draws = carray(_at(draws_at), (part,), np.uint32)
                 if encodes and whole_blocks:
                     round_blocks_to_codes(x_f, f_q, stored, run, *coding)
                 elif encodes:
                     round_nearest_to_codes(x_f, f_q, stored, *coding)
                 elif whole_blocks:
                     if mode == STOCHASTIC:
-                        round_blocks_stochastic(x_f, f_q, g_q, out, run, decoded, *form, taken)
+                        round_blocks_stochastic(x_f, f_q, g_q, out, run, decoded, *form, draws)
                     elif target == BFLOAT16:
                         round_blocks_to_bfloat16(x_f, f_q, g_q, halves, run, decoded, *form)
                     else:
@@ -248,7 +248,7 @@ def cast_blocks(arguments):
                 elif mode == NEAREST_EVEN:
                     round_nearest(x_f, f_q, g_q, out, *form)
                 elif mode == STOCHASTIC:
-                    round_stochastic(x_f, f_q, g_q, out, *form, taken)
+                    round_stochastic(x_f, f_q, g_q, out, *form, draws)
                 else:
                     round_directed(x_f, f_q, g_q, out, *form, half)
                 if target == FLOAT32:
@@ -263,5 +263,5 @@ def cast_blocks(arguments):
         _fence()
     _keep(rounded)
     _keep(narrowed)
-    _keep(draws)
+    _keep(words)
     _atomic_max(arguments + 8 * AMAX, np.int64(peak))

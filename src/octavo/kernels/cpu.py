@@ -100,8 +100,8 @@ def cast(
 ) -> float:
     """Write the codes of `source * scale`, or the values that they decode to over `divisor`, to `target`; return amax(|source|).
 
-    source: any kind of float; target: codes or any kind of float, of the same size.  Products and quotients are float32, or float64
-    for a float64 source.  NaN propagates into amax, which is that of the unscaled source.
+    source: any kind of float; target: codes or any kind of float, of the same size.  Products are float32, or float64 for a
+    float64 source, and so are quotients where the target is float64, too.  NaN propagates into amax, which is that of the unscaled source.
     Raises ValueError for NaN where the format has none (the target is then undefined), and for stochastic rounding without a seed.
     """
     draws = checked_draws(rounding, seed, offset, source.size)

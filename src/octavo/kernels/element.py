@@ -114,8 +114,8 @@ def _nearest_code(x, scale, shift, e_min, top, drop, nan_code, sign_mask):
     c = top if a > top else a
     e = max(I32(_bits(c) & INF), e_min)
     magic = I32(e + shift)
-    code = I32(_bits(c + _real(magic)) - magic) + ((e - e_min) >> drop) | ((u >> I32(31)) & sign_mask)
-    return nan_code if a != a else I32(code)
+    code = (_bits(c + _real(magic)) - magic) + ((e - e_min) >> drop)
+    return nan_code if a != a else I32(code | ((u >> I32(31)) & sign_mask))
 
 
 @inlined
@@ -141,7 +141,7 @@ def _directed(x, scale, shift, e_min, limit, top, over, inf, zero_sign, half):
 
 @inlined
 def _drawn(x, scale, shift, e_min, limit, draw):
-    """As `_directed`, but up where fraction * 2**32 + draw carries, and before `_finish`: (magnitude, bits that were rounded, theirs)."""
+    """As `_directed`, but up where fraction * 2**32 + draw carries, and without `_finish`, whose first three arguments are returned."""
     u, a, whole, fraction, ulp = _parts(x, scale, shift, e_min, limit)
     likelihood = U32(fraction * F32(4294967296.0))
     whole += F32(1) if U32(likelihood + draw) < likelihood else F32(0)

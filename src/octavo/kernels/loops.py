@@ -52,9 +52,9 @@ __all__ = ["CHUNK", "Kind", "Slot", "amax", "cast32"]
 
 TILE, NEAR_TILE = 384, 3 * 384
 """Elements rounded at a time: what lies between the passes of a tile stays in the first-level cache.  More of them where memory need not
-keep up, as the calls for a tile take as long as a hundred elements."""
+keep up, as the calls for a tile take as long as a hundred elements.  Multiples of 64, so that codes are streamed to whole cache lines."""
 CHUNK = 14 * NEAR_TILE
-"""Elements a thread takes at a time: a multiple of 4 (Philox's block), small enough for the second-level cache."""
+"""Elements a thread takes at a time: small enough for the second-level cache."""
 STREAMED = 1 << 25
 """Bytes from which a result is written past the caches, as it would not stay in them: then memory need not read what is overwritten."""
 

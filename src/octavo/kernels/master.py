@@ -104,13 +104,12 @@ def round_in_place(address: int, size: int, format: Format, *, seed: int, offset
     """Round the `size` float32 at `address` to `format`, stochastically, in place: the same bits on any number of threads.
 
     The result is that of `octavo.reference.quantize` under `Rounding.STOCHASTIC` and `Overflow.SATURATE_FINITE`, NaN as it was.
-    format: signed, with NaN, its values among float32's; offset: a multiple of 4.
+    format: signed, with NaN, its values among float32's.
     """
     assert format.signed
     assert format.has_nan
     assert format.emin >= -126
     assert format.emax <= 127
-    assert offset % 4 == 0
     # The kernel shifts codes to where e_min is 1; the product would be a subnormal there, which is slow.
     smallest = np.float32(format.smallest_subnormal if format.emin > -126 else 1)
     infinite = INF if format.has_inf else NAN

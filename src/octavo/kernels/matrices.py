@@ -198,8 +198,9 @@ def _encode(
     """The codes and no values, or the values and no codes."""
     library = library_of(x)
     if _by_reference(x, spec):
+        known = x if str(x.dtype).endswith("float64") else library.astype_float32(x)
         cast = reference.encode_matrix(
-            library.to_numpy(library.contiguous(x)), spec, scale=scale, seed=seed, offset=offset
+            library.to_numpy(library.contiguous(known)), spec, scale=scale, seed=seed, offset=offset
         )
         decoded = library.from_numpy(reference.decode_matrix(cast, spec)) if values else None
         return Codes(library.from_numpy(cast.codes), library.from_numpy(cast.scales), cast.amax), decoded

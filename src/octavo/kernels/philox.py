@@ -124,7 +124,7 @@ def fill_random(address, blocks, first, seed):
 
 @compiled
 def room(size):
-    """How many words of memory `draw` needs for so many elements."""
+    """How many words of memory `draw` needs for so many elements: three more before them, three after, to fill blocks, and SLACK."""
     return size + 6 + SLACK
 
 
