@@ -3,8 +3,8 @@
     python benchmarks/casts.py [--quick]
 
 Targets: with amax in the same pass, at least 0.9 of `copy_`; at least 10 times torch's own cast pair (which neither scales nor takes
-an amax; "the same work" does both).  Ratios are medians of the rounds' own.  Each contender writes to memory
-that it already has where its interface lets it; the others allocate, as their users do.
+an amax; "the same work" does both), which no cast from memory can be where `copy_` is less: hence the rows by size.  Ratios are medians
+of the rounds' own.  Each contender writes to memory that it already has where its interface lets it; the others allocate, as users do.
 """
 
 from __future__ import annotations
