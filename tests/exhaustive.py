@@ -172,9 +172,9 @@ def check_casts(
     for number in spread(blocks):
         x = block_of(number, format)
         theirs = expected(x, format)
+        clipped = saturated(x, theirs, format) if any(backend.saturates for backend in encoders) else theirs
         for backend, encode in encoders.items():
-            due = saturated(x, theirs, format) if backend.saturates else theirs
-            found = mismatches(encode(x, format), due, format)
+            found = mismatches(encode(x, format), clipped if backend.saturates else theirs, format)
             wrong[backend] += found.size
             if found.size and not first[backend]:
                 bits = x[found[0]].view(np.uint32)

@@ -18,6 +18,7 @@ from torch import nn
 
 from octavo import formats, reference
 from octavo.formats import BFLOAT16, E4M3FN, E5M2, E5M2FNUZ, FLOAT16, FORMATS, TF32, Format, Specials
+from octavo.kernels.master import round_in_place
 from octavo.rounding import Overflow, Rounding, random_bits
 from octavo.torch.masters import round_masters
 
@@ -133,6 +134,15 @@ def test_any_float32_goes_as_the_reference_says(format: Format) -> None:
     modes: dict[str, Any] = {"rounding": Rounding.STOCHASTIC, "overflow": Overflow.SATURATE_FINITE}
     expected = reference.quantize(x, format, **modes, seed=0xFFFFFFFE_FFFFFFFF, offset=1 << 62)
     assert same(rounded(x, format, seed=0xFFFFFFFE, step=0xFFFFFFFF), expected)
+
+
+@pytest.mark.parametrize("offset", [1, 2, 3, (1 << 34) - 5])
+def test_draws_go_by_the_place_from_any_offset_on(offset: int) -> None:
+    x = between(E4M3FN, 40_000, seed=7)
+    modes: dict[str, Any] = {"rounding": Rounding.STOCHASTIC, "overflow": Overflow.SATURATE_FINITE}
+    expected = reference.quantize(x, E4M3FN, **modes, seed=9, offset=offset)
+    round_in_place(x.ctypes.data, x.size, E4M3FN, seed=9, offset=offset)
+    assert same(x, expected)
 
 
 @every_format

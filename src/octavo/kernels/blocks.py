@@ -153,7 +153,7 @@ def cast_blocks(arguments):
     factor, back = np.empty(most, np.float32), np.empty(most, np.float32)
     column_factor, column_back = np.empty(tile, np.float32), np.ones(tile, np.float32)
     words = np.empty(_room(held) if mode == STOCHASTIC else 0, np.uint32)
-    factors, backs, words_at = _address_of(factor), _address_of(back), _address_of(words)
+    block_factors, block_backs, words_at = _address_of(factor), _address_of(back), _address_of(words)
     column_factors, column_backs = _address_of(column_factor), _address_of(column_back)
     load_at, round_at, narrow_at = _address_of(loaded), _address_of(rounded), _address_of(narrowed)
     peak = I32(0)
@@ -202,12 +202,13 @@ def cast_blocks(arguments):
         else:
             emax = I32(p[MAX_EXPONENT])
             e8m0(blocks, codes, factor, back, rule, I32(m), emax, zero_limit, F32(1) / maximum, special)
-        f, g = column_factor[:size], column_back[:size]
         whole_blocks = mode in (NEAREST_EVEN, STOCHASTIC) and wide % 16 == 0 and size % wide == 0
+        sharing, factors_at, backs_at = wide, block_factors, block_backs
         if not whole_blocks:
-            per_column(factor, f, wide, one.view(np.float32), other.view(np.float32))
-        if p[DECODED] and not whole_blocks:
-            per_column(back, g, wide, one.view(np.float32), other.view(np.float32))
+            sharing, factors_at, backs_at = 1, column_factors, column_backs
+            per_column(factor, column_factor[:size], wide, one.view(np.float32), other.view(np.float32))
+            if p[DECODED]:
+                per_column(back, column_back[:size], wide, one.view(np.float32), other.view(np.float32))
         piece = step if not whole_blocks or wide % step == 0 else max(wide, step // wide * wide)
         for r in range(row, end):
             start = r * n_columns + first
@@ -225,9 +226,8 @@ def cast_blocks(arguments):
                 x_f, out = carray(_at(lies), (part,), np.float32), carray(_at(middle), (part,), np.float32)
                 halves, stored = carray(_at(ready), (part,), np.uint16), carray(_at(ready), (part,), np.uint8)
                 # Not slices, whose counts of references cost as much as a few blocks.
-                one_each = q // wide if whole_blocks else q
-                f_q = carray(_at((factors if whole_blocks else column_factors) + 4 * one_each), (part,), np.float32)
-                g_q = carray(_at((backs if whole_blocks else column_backs) + 4 * one_each), (part,), np.float32)
+                f_q = carray(_at(factors_at + 4 * (q // sharing)), (part,), np.float32)
+                g_q = carray(_at(backs_at + 4 * (q // sharing)), (part,), np.float32)
                 run, decoded, draws_at = min(wide, part), p[DECODED] != 0, words_at
                 if mode == STOCHASTIC:
                     draws_at = _draw(words_at, part, p[OFFSET] + start + q, p[SEED])

@@ -261,13 +261,13 @@ def cast32(arguments):
     half = F32(2) if mode == TOWARD_ZERO else F32(0.5) if mode == NEAREST_AWAY else F32(0)
     from_width, width = 4 if kind == FLOAT32 else 2, 4 if target == FLOAT32 else 1 if target == CODES else 2
     streams = mode != STOCHASTIC and width * n >= STREAMED and p[TARGET] % 64 == 0 and p[SOURCE] != p[TARGET]
-    most = TILE if streams else NEAR_TILE
+    tile = TILE if streams else NEAR_TILE
     loaded, rounded, narrowed = (
-        np.empty(most + 16, np.float32),
-        np.empty(most + 16, np.float32),
-        np.empty(most + 32, np.uint16),
+        np.empty(tile + 16, np.float32),
+        np.empty(tile + 16, np.float32),
+        np.empty(tile + 32, np.uint16),
     )
-    words = np.empty(_room(most) + 16 if mode == STOCHASTIC else 0, np.uint32)
+    words = np.empty(_room(tile) + 16 if mode == STOCHASTIC else 0, np.uint32)
     load_at, round_at, narrow_at, words_at = _line_in(loaded), _line_in(rounded), _line_in(narrowed), _line_in(words)
     narrow = mode == NEAREST_EVEN and target == BFLOAT16 and divisor == F32(1)
     encode = mode == NEAREST_EVEN and target == CODES and _is_plain(top, over, inf, zero_sign)
@@ -279,8 +279,8 @@ def cast32(arguments):
         if start >= n:
             break
         end = min(start + CHUNK, n)
-        for t in range(start, end, most):
-            size = min(most, end - t)
+        for t in range(start, end, tile):
+            size = min(tile, end - t)
             source, into = p[SOURCE] + from_width * t, p[TARGET] + width * t
             place, ready = load_at, narrow_at if streams else into
             if apart:
